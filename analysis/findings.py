@@ -1,0 +1,261 @@
+"""What diagnosis found, as one typed JSON file.
+
+`Findings` is the only thing that passes between diagnosis, plan, comparison and report. `save` / `load` round-trip it; unknown or
+missing fields are errors, so an old file is refused by name instead of being half read. docs/findings.md explains each key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+class FindingsError(ValueError):
+    """A findings file that cannot be read. The message names the file and what to do."""
+
+
+@dataclass
+class Estimate:
+    """A mean with its 95 % bootstrap interval, `n` items in `clusters` clusters. None where nothing could be measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int
+
+
+@dataclass
+class Following:
+    """What greedy answers name, as shares of the clips asked (audio + vision + both + neither + unparsed = 1).
+
+    `audio`: only the heard label; `vision`: only the seen one; `both`; `neither`: some other known event;
+    `unparsed`: no known event at all. On factual clips the two labels agree, then `audio` counts a right answer and `vision`, `both` are 0.
+    """
+
+    condition: str  # factual | counterfactual | audio_only | video_only | unseen_...
+    question: str  # hear | see
+    audio: Estimate
+    vision: Estimate
+    both: Estimate
+    neither: Estimate
+    unparsed: Estimate
+    correct: Estimate  # names the label that the question designates (alone)
+
+
+@dataclass
+class Reliance:
+    """The 2x2 grid (DESIGN 4.2). `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
+
+    question: str
+    effect_audio: Estimate
+    effect_video: Estimate
+    shortcut: Estimate
+
+
+@dataclass
+class CutEffect:
+    """One cut (site, layers [start, stop)) on one condition and question, against the uncut model on the same clips.
+
+    `delta_logprob`: change of the length-normalised log-likelihood of the designated label; `delta_margin`: of its margin over the other
+    stream's label (counterfactual clips only). `audio`, `vision`: following rates under the cut (greedy answers), None where only scored.
+    """
+
+    site: str
+    start: int
+    stop: int
+    family: str  # window | from | all
+    condition: str
+    question: str
+    delta_logprob: Estimate
+    delta_margin: Estimate | None
+    audio: Estimate | None
+    vision: Estimate | None
+
+
+@dataclass
+class Flow:
+    """Attention mass from one target kind to each source kind, per layer: mass[kind][layer]; the kinds sum to 1 in each layer."""
+
+    target: str  # question | emitters
+    variant: str  # plain | no_sink | value_norm
+    condition: str
+    mass: dict[str, list[Estimate]]
+
+
+@dataclass
+class Probe:
+    """A linear read-out, per layer (index 0 = embeddings, l = output of layer l), at one position for one stream's label on counterfactual clips."""
+
+    position: str  # audio | question | last_prompt
+    label: str  # audio | visual
+    accuracy: list[Estimate]
+    shuffled: list[float]  # control: shuffled labels
+    audio_removed: list[float] | None  # control: the same model without its audio
+    random_weights: list[float] | None  # control: same shapes, random weights
+    selectivity: list[float]  # accuracy - best control
+    folds: str
+
+
+@dataclass
+class Lens:
+    """Logit lens through the final norm: rate at which a true event word is in the top k, minus the rate for shuffled references, per layer."""
+
+    position: str  # audio | question | emitters
+    label: str  # audio | visual
+    k: int
+    hit: list[Estimate]
+    control: list[float]
+    corrected: list[float]
+
+
+@dataclass
+class Latent:
+    """Latent audio understanding: control-corrected lens hit rate at audio positions, layer chosen on one half, reported on the other; beside what is said aloud."""
+
+    layer: int
+    latent: Estimate
+    said: Estimate
+
+
+@dataclass
+class Shift:
+    """Token-distribution shift of the model's own greedy answers against its base without audio: shares at base rank 1, 2-3, >3, and KL in nats."""
+
+    tokens: str  # all | audio_event | visual | rest | first_event
+    condition: str
+    unshifted: Estimate
+    marginal: Estimate
+    shifted: Estimate
+    kl: Estimate
+
+
+@dataclass
+class Sample:
+    """One clip with what the model said: shown in the page, kept for paired comparison."""
+
+    clip: str
+    file: str
+    condition: str
+    seen: str
+    heard: str
+    question: str
+    modality: str  # hear | see
+    answer: str
+    verdict: str  # audio | vision | both | neither | unparsed
+    video_source: str  # the picture and the recording the clip was made from: what intervals are clustered by
+    audio_source: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer names, alone, what the question designates. On factual clips the labels agree and `audio` is the right verdict."""
+        agree = self.condition.endswith("factual") and not self.condition.endswith("counterfactual")
+        return self.verdict == ("audio" if agree or self.modality == "hear" else "vision")
+
+
+@dataclass
+class Findings:
+    """Everything one diagnosis measured, with the settings that move scores."""
+
+    model: str
+    adapter: str | None
+    base: str | None
+    split: str
+    data_hash: str
+    n_layers: int
+    settings: dict[str, Any]  # prompts, system prompt, decoding, processor, dtype, seed, versions, counts, subset
+    following: list[Following] = field(default_factory=list)
+    reliance: list[Reliance] = field(default_factory=list)
+    knockout: list[CutEffect] = field(default_factory=list)
+    flow: list[Flow] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+    lens: list[Lens] = field(default_factory=list)
+    latent: Latent | None = None
+    shift: list[Shift] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
+    format: int = FORMAT
+
+    def following_rate(self, condition: str, question: str) -> Following | None:
+        """The row of one condition and question, or None."""
+        return next((f for f in self.following if f.condition == condition and f.question == question), None)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write atomically: a reader never sees half a file."""
+        save_json(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Findings:
+        """Read and check a findings file. Raises FindingsError naming the file and the key that does not fit."""
+        return load_json(cls, path, "findings", "diagnose")
+
+
+def save_json(value: Any, path: str | os.PathLike) -> None:
+    """Write a dataclass as JSON, atomically. NaN and infinity are refused with a ValueError."""
+    path = Path(path)
+    text = json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def load_json(kind: type, path: str | os.PathLike, what: str, command: str) -> Any:
+    """Read a dataclass that `save_json` wrote; `what` and `command` word the FindingsError, which names the file and the key that does not fit."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FindingsError(f"{path}: no such file. `python -m analysis {command} … --out {path}` writes one.") from None
+    except IsADirectoryError:
+        raise FindingsError(f"{path} is a folder, not a {what} file. Name the JSON file inside it.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FindingsError(f"{path} is not JSON ({error}). Run `python -m analysis {command}` again.") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise FindingsError(f"{path} is not a {what} file of format {FORMAT}. Run `python -m analysis {command}` again with this version.")
+    try:
+        return _parse(kind, raw, what)
+    except (TypeError, KeyError, ValueError) as error:
+        reason = error.args[0] if error.args else error
+        raise FindingsError(f"{path}: {reason}. Run `python -m analysis {command}` again with this version.") from None
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """JSON value -> the annotated type, strictly."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} should be an object")
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(set(value) - set(hints)):
+            raise KeyError(f"{where} has unknown keys {unknown}")
+        if missing := sorted(set(hints) - set(value)):
+            raise KeyError(f"{where} lacks {missing}")
+        return kind(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})  # type: ignore[operator]
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        return _parse(next(o for o in options if o is not type(None)), value, where)
+    if origin is list:
+        if not isinstance(value, list):
+            raise TypeError(f"{where} should be a list")
+        return [_parse(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} should be an object")
+        return {k: _parse(typing.get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{where} should be {kind.__name__}, not {type(value).__name__}")
+    return value

@@ -1,0 +1,254 @@
+"""Terminal tables of findings and comparisons, readable at 100 columns, and the plain words and number formats that the page shares.
+
+    from rich.console import Console
+    from analysis.tables import findings_tables, comparison_tables
+    Console().print(*findings_tables(findings))
+
+Rates are percent with their 95 % interval in brackets, "n (k)" is n items from k sources. What is called best here is best on these same clips,
+so a little flattering; the plan chooses on other clips than it is reported on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from analysis.compare import Change, Comparison
+from analysis.findings import CutEffect, Estimate, Findings
+
+CONDITIONS = {
+    "counterfactual": "conflicts",
+    "factual": "factual clips",
+    "audio_only": "sound alone",
+    "video_only": "picture alone",
+    "unseen_factual": "factual, unseen",
+    "unseen_counterfactual": "conflicts, unseen",
+}
+QUESTIONS = {"hear": "the sound", "see": "the picture"}
+POSITIONS = {"audio": "audio tokens", "question": "question", "emitters": "answer", "last_prompt": "last prompt token"}
+STREAMS = {"audio": "the sound", "visual": "the picture"}
+TOKENS = {
+    "all": "all tokens",
+    "audio_event": "sound words",
+    "visual": "picture words",
+    "rest": "other words",
+    "first_event": "first event word",
+}
+
+
+def words(name: str | None, table: dict[str, str]) -> str:
+    """The plain words for a name of the findings; a name we do not know is shown as it is."""
+    return table.get(name or "", (name or "").replace("_", " "))
+
+
+def percent(estimate: Estimate | None, signed: bool = False) -> str:
+    """A share as `64.2 % (59.1–69.0)`; signed shares, in points, as `+12.0 (+8.1 to +16.3)`."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    if signed:
+        bounds = "" if estimate.low is None or estimate.high is None else f" ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+        return f"{100 * estimate.value:+.1f}{bounds}".replace("-", "−")
+    bounds = "" if estimate.low is None or estimate.high is None else f" ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+    return f"{100 * estimate.value:.1f} %{bounds}"
+
+
+def number(estimate: Estimate | None, signed: bool = False) -> str:
+    """A number as `0.83 (0.79 to 0.86)`."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    sign = "+" if signed else ""
+    bounds = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:{sign}.2f} to {estimate.high:{sign}.2f})"
+    return f"{estimate.value:{sign}.2f}{bounds}".replace("-", "−")
+
+
+def counted(estimate: Estimate | None) -> str:
+    """`600 (41)`: items and sources."""
+    return f"{estimate.n} ({estimate.clusters})" if estimate else "–"
+
+
+def layers(start: int, stop: int) -> str:
+    """Layers [start, stop) in words, counted from 0: `2–4`, `7`."""
+    return "none" if stop <= start else str(start) if stop == start + 1 else f"{start}–{stop - 1}"
+
+
+def cut_name(site: str) -> str:
+    """`video->emitters` in words: `video ↛ answer`."""
+    source, _, target = site.partition("->")
+    return f"{source} ↛ {target.replace('emitters', 'answer').replace('+', ' + ')}"
+
+
+def best_cuts(effects: Iterable[CutEffect], condition: str = "counterfactual", question: str = "hear") -> list[CutEffect]:
+    """Per site the cut with the most audio-following (cuts of audio: the least); where answers were only scored, by the change of log p."""
+    best: dict[str, CutEffect] = {}
+    for effect in effects:
+        if (effect.condition, effect.question) == (condition, question) and _size(effect) is not None:
+            other = best.get(effect.site)
+            if other is None or (_size(effect) or 0.0) > (_size(other) or 0.0):
+                best[effect.site] = effect
+    return list(best.values())
+
+
+def _size(effect: CutEffect) -> float | None:
+    value = effect.audio.value if effect.audio else effect.delta_logprob.value
+    return -value if value is not None and effect.site.startswith("audio") else value
+
+
+def findings_tables(findings: Findings) -> list[Table]:
+    """The findings on one screen or two: one table per diagnostic that was run."""
+    tables = []
+    if findings.following:
+        table = _table("What the answers name", "clips", "asked about", "names the sound", "names the picture", "other", "n (sources)")
+        for f in findings.following:
+            other = sum(e.value or 0.0 for e in (f.both, f.neither, f.unparsed))
+            measured = f.audio.value is not None
+            shown = f"{100 * other:.1f} %" if measured else "–"
+            asked = words(f.question, QUESTIONS)
+            table.add_row(words(f.condition, CONDITIONS), asked, percent(f.audio), percent(f.vision), shown, counted(f.audio))
+        table.caption = "On factual clips sound and picture agree: an answer that names the event counts under “names the sound”."
+        tables.append(table)
+    if findings.reliance:
+        table = _table(
+            "Shortcut Index: how far the wrong stream decides (0 is ideal)", "asked about", "index", "sound moves", "picture moves", "grids"
+        )
+        for r in findings.reliance:
+            effects = (number(r.effect_audio, True), number(r.effect_video, True))
+            table.add_row(words(r.question, QUESTIONS), number(r.shortcut), *effects, counted(r.shortcut))
+        table.caption = "Sound / picture moves: change of the margin in nats a token when that stream alone is swapped."
+        tables.append(table)
+    if cuts := best_cuts(findings.knockout):
+        table = _table(
+            "Strongest cut per site (conflicts, asked what it hears)", "cut", "layers", "names the sound", "names the picture", "log p", "n (sources)"
+        )
+        for c in cuts:
+            rates = (percent(c.audio), percent(c.vision))
+            table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, number(c.delta_logprob, True), counted(c.delta_logprob))
+        table.caption = "log p: change of the true sound's log-likelihood a token. Strongest on these clips."
+        tables.append(table)
+    if findings.probes:
+        table = _table("Linear probes: what can be read from inside", "label of", "read at", "best layer", "accuracy", "best control", "selectivity")
+        for p in findings.probes:
+            if (layer := _peak(p.selectivity)) is not None:
+                control = p.accuracy[layer].value
+                control = None if control is None else control - p.selectivity[layer]
+                shown = "–" if control is None else f"{100 * control:.1f} %"
+                gained = f"{100 * p.selectivity[layer]:+.1f}".replace("-", "−")
+                table.add_row(words(p.label, STREAMS), words(p.position, POSITIONS), str(layer), percent(p.accuracy[layer]), shown, gained)
+        table.caption = "Layer 0 is the embeddings. Selectivity: points above the best control."
+        tables.append(table)
+    if findings.lens:
+        table = _table("Logit lens: true event words among the top k", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
+        for n in findings.lens:
+            if (layer := _peak(n.corrected)) is not None:
+                gained = f"{100 * n.corrected[layer]:+.1f}".replace("-", "−")
+                table.add_row(words(n.label, STREAMS), words(n.position, POSITIONS), str(n.k), str(layer), percent(n.hit[layer]), gained)
+        if findings.latent:
+            shown = (
+                f"{percent(findings.latent.latent)} understood inside (layer {findings.latent.layer}), {percent(findings.latent.said)} said aloud."
+            )
+            table.caption = f"Latent audio understanding: {shown}"
+        tables.append(table)
+    if findings.shift:
+        table = _table("Answers against the base without audio", "tokens", "clips", "its first choice", "2nd or 3rd", "beyond", "KL, nats", "n")
+        for s in findings.shift:
+            cells = (
+                percent(s.unshifted),
+                _short(s.marginal),
+                _short(s.shifted),
+                "–" if s.kl.value is None else f"{s.kl.value:.2f}",
+                str(s.unshifted.n),
+            )
+            table.add_row(words(s.tokens, TOKENS), words(s.condition, CONDITIONS), *cells)
+        tables.append(table)
+    if findings.left_out:
+        table = _table("Left out", "")
+        table.show_header = False
+        for sentence in findings.left_out:
+            table.add_row(sentence)
+        tables.append(table)
+    return tables
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Before against after: what answers name (with the paired difference), the Shortcut Index, and the strongest changes of the rest."""
+    tables = []
+    changes = [c for c in comparison.changes if c.section == "following" and c.measure in ("audio", "vision")]
+    if changes:
+        table = _table("What the answers name, before and after", "clips", "asked about", "names the", "before", "after", "difference, points", "n")
+        for c in changes:
+            named = "event" if c.condition in ("factual", "unseen_factual") else "sound" if c.measure == "audio" else "picture"
+            if named == "event" and c.measure == "vision":
+                continue  # where sound and picture agree there is nothing else to name
+            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), str((c.difference or c.after).n))
+            table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), named, *rates)
+        table.caption = "The difference is paired: the same clip under the same question. Its 95 % interval is clustered by source."
+        tables.append(table)
+    for section, title, show, measures in _SECTIONS:
+        rows = [c for c in comparison.changes if c.section == section and c.measure in measures]
+        if section == "knockout":
+            rows = [c for c in rows if (c.condition, c.question) == ("counterfactual", "hear")]
+        strongest: dict[tuple, Change] = {}
+        for c in rows:
+            key = (_STEM.sub("", c.item), c.condition, c.question, c.measure)
+            if key not in strongest or abs(c.before.value or 0.0) > abs(strongest[key].before.value or 0.0):
+                strongest[key] = c
+        if strongest:
+            table = _table(title, "row", "before", "after", "n (sources)")
+            for c in strongest.values():
+                about = f"asked about {QUESTIONS[c.question]}" if section == "reliance" and c.question else ""
+                where = ", ".join(part for part in (words(c.item, TOKENS), words(c.condition, CONDITIONS), about) if part)
+                table.add_row(
+                    where or {"latent": "understood inside", "said": "said aloud"}[c.measure], show(c.before), show(c.after), counted(c.after)
+                )
+            if len(strongest) < len(rows):
+                table.caption = f"Of {len(rows)} layers or windows, the one with the largest number before, per row. All are in the comparison file."
+            tables.append(table)
+    if comparison.left_out:
+        table = _table("Left out", "")
+        table.show_header = False
+        for sentence in comparison.left_out:
+            table.add_row(sentence)
+        tables.append(table)
+    return tables
+
+
+_STEM = re.compile(r" \[\d+, \d+\) \w+$|, layer \d+$")  # "video->audio [2, 5) window" -> "video->audio"
+
+
+def _gain(estimate: Estimate) -> str:
+    return number(estimate, signed=True)
+
+
+_SECTIONS: list[tuple[str, str, Callable[[Estimate], str], tuple[str, ...]]] = [
+    ("reliance", "Shortcut Index (0 is ideal)", number, ("shortcut",)),
+    ("knockout", "What a cut changes: log p of the true sound, asked about the sound", _gain, ("delta_logprob",)),
+    ("probe", "Probes: accuracy", percent, ("accuracy",)),
+    ("latent", "Latent audio understanding", percent, ("latent", "said")),
+    ("shift", "Token shift: share that is the base's first choice", percent, ("unshifted",)),
+]
+
+
+def _peak(values: list[float]) -> int | None:
+    return max(range(len(values)), key=values.__getitem__) if values else None
+
+
+def _short(estimate: Estimate) -> str:
+    return "–" if estimate.value is None else f"{100 * estimate.value:.1f} %"
+
+
+def _table(title: str, *headers: str) -> Table:
+    table = Table(
+        title=title,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        header_style="dim",
+        caption_style="dim italic",
+    )
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table

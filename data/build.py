@@ -1,0 +1,263 @@
+"""Build a clip folder from the embedded set: real mp4 files, deterministic by seed, with provenance.
+
+    clips = build(DataConfig(), "runs/clips")           # or: python -m data --out runs/clips
+
+Order of work: factual clips of every split, their swaps (`data.counterfactual`), some muted and blanked clips for test, the tables,
+manifest.json. All of it happens in `<folder>.partial`, which becomes `<folder>` by one rename at the end; whatever stops the build
+leaves no half-valid folder, and the next build starts the partial one afresh. A folder built with the same config is returned at once.
+
+Work is shared by threads: FFmpeg, PIL and NumPy run outside Python's global lock, and threads need no import guard in the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.clips import MANIFEST_VERSION, Clip, Clips, DataError, Grid, Split, load_clips, save_clips
+from data.counterfactual import choose_swaps, make_grid
+from data.media import mux, stream_hashes, write_mp4
+from data.render import RenderSettings, render
+from data.sources import Source, SourceClass, load_sources
+from data.splits import Pairs, split_pairs
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+BYTES_A_PIXEL = 0.35  # of coded video, from the default set, rounded up; for the check of disk space
+BYTES_A_SECOND = 10_000  # of coded sound
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class PerSplit:
+    """A number for each split."""
+
+    train: int
+    plan: int
+    selection: int
+    test: int
+    unseen: int
+
+    def of(self, split: Split) -> int:
+        """The number for this split."""
+        return int(getattr(self, split))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to build."""
+
+    renderings: PerSplit = PerSplit(train=12, plan=4, selection=3, test=8, unseen=2)
+    """Factual clips per class."""
+    rounds: PerSplit = PerSplit(train=2, plan=1, selection=1, test=1, unseen=1)
+    """Rounds of swaps; each gives about as many grids, and twice as many counterfactual clips, as the split has factual clips."""
+    seed: int = 0
+    render: RenderSettings = field(default_factory=RenderSettings)
+    classes: tuple[str, ...] | None = None
+    """Class names, such as dog or fire_truck; None for all."""
+    max_similarity: float = 0.5
+    """Clips with captions more similar than this are never swapped."""
+
+
+@dataclass(frozen=True)
+class _Factual:
+    """One factual clip to render."""
+
+    id: str
+    split: Split
+    kind: SourceClass
+    picture: Source
+    sound: Source
+    seed: int
+
+
+def _seed(*parts: Any) -> int:
+    """A seed of its own for every rendering, the same whatever else is built."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:6], "big")
+
+
+def _classes(config: DataConfig) -> list[SourceClass]:
+    known = {c.name: c for c in load_sources()}
+    names = config.classes if config.classes is not None else tuple(known)
+    for name in names:
+        if name not in known:
+            raise DataError(f'There is no class "{name}". Use names from: {", ".join(known)}.')
+    return [known[name] for name in names]
+
+
+def _factual(config: DataConfig, classes: Sequence[SourceClass]) -> list[_Factual]:
+    """Every factual clip to render, each source of a class used about equally often."""
+    jobs = []
+    for split, kind in itertools.product(SPLITS, classes):
+        pictures, sounds = kind.train_pictures, kind.train_sounds
+        if split == "unseen":
+            pictures, sounds = kind.held_pictures, kind.held_sounds or kind.train_sounds
+        combinations = list(itertools.product(pictures, sounds))
+        random.Random(_seed(config.seed, split, kind.name)).shuffle(combinations)
+        for k in range(config.renderings.of(split)):
+            name = f"{split}_{kind.name}_{k:02d}"
+            picture, sound = combinations[k % len(combinations)]
+            jobs.append(_Factual(name, split, kind, picture, sound, _seed(config.seed, name)))
+    return jobs
+
+
+def _render(job: _Factual, config: DataConfig, root: Path) -> Clip:
+    frames, wave = render(job.picture.path, job.sound.path, job.seed, config.render)
+    file = f"media/{job.id}.mp4"
+    write_mp4(root / file, frames, config.render.fps, wave)
+    video_sha256, audio_sha256 = stream_hashes(root / file)
+    return Clip(
+        id=job.id,
+        file=file,
+        split=job.split,
+        condition="factual",
+        video_label=job.kind.name,
+        audio_label=job.kind.name,
+        seen=job.kind.seen,
+        heard=job.kind.heard,
+        video_source=job.picture.id,
+        audio_source=job.sound.id,
+        video_rendering=job.id,
+        audio_rendering=job.id,
+        video_sha256=video_sha256,
+        audio_sha256=audio_sha256,
+        seconds=config.render.seconds,
+    )
+
+
+def _without(root: Path, clip: Clip, nothing: Path, condition: str) -> Clip:
+    """The clip with digital silence for its sound ("muted") or with black for its picture ("blanked"), the other stream untouched."""
+    name = f"{clip.id}__{condition}"
+    file = f"media/{name}.mp4"
+    if condition == "muted":
+        video, audio = mux(root / clip.file, nothing, root / file)
+        empty = replace(clip, condition="muted", audio_label="", heard="", audio_source="", audio_rendering="silence")
+    else:
+        video, audio = mux(nothing, root / clip.file, root / file)
+        empty = replace(clip, condition="blanked", video_label="", seen="", video_source="", video_rendering="black")
+    return replace(empty, id=name, file=file, video_sha256=video, audio_sha256=audio)
+
+
+def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs) -> dict[str, Any]:
+    """What the folder is made of; with the media, the whole of what a reader needs to know."""
+    sources = [
+        {"id": s.id, "class": c.name, "stream": stream, "license": s.license, "origin": s.origin, "attribution": s.attribution}
+        | {"sha256": s.sha256, "held_out": s.held_out}
+        for c in classes
+        for stream, found in (("video", c.pictures), ("audio", c.sounds))
+        for s in found
+    ]
+    manifest = {
+        "labels": [[c.name, c.seen, c.heard] for c in classes],
+        "pairs": {part: sorted(getattr(pairs, part)) for part in ("train", "selection", "test")},
+        "config": asdict(config),
+        "sources": sources,
+    }
+    return json.loads(json.dumps(manifest))  # tuples become lists, as they will be when read back
+
+
+def _existing(folder: Path, provenance: dict[str, Any]) -> Clips | None:
+    """The folder, if it is there and of this config; None if there is nothing; DataError if something else is there."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / "manifest.json").is_file():
+        raise DataError(f"{folder} exists and is no clip folder (no manifest.json). Remove it or choose another folder.")
+    clips = load_clips(folder)
+    if {key: clips.manifest.get(key) for key in provenance} != provenance:
+        raise DataError(f"{folder} was built with another config or other sources. Remove it or choose another folder.")
+    return clips
+
+
+def _check_space(config: DataConfig, folder: Path, classes: int) -> None:
+    """Raise before starting if the disk cannot hold the result."""
+    clips = classes * sum(config.renderings.of(s) * (1 + 2 * config.rounds.of(s)) for s in SPLITS)
+    needed = clips * (config.render.size**2 * config.render.frames * BYTES_A_PIXEL + BYTES_A_SECOND * config.render.seconds)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise DataError(f"{folder} needs up to {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free. Free some or choose another folder.")
+
+
+def _shared(work: Callable[[T], R], jobs: Iterable[T], workers: int, done: Callable[[], None]) -> list[R]:
+    """Results in the order of the jobs. The first failure cancels what has not begun."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _build(config: DataConfig, root: Path, classes: Sequence[SourceClass], pairs: Pairs, workers: int, progress: bool) -> tuple[list[Clip], list[Grid]]:
+    """All media below `root`, and the two tables."""
+    (root / "media").mkdir(parents=True)
+    jobs = _factual(config, classes)
+    columns = TextColumn("building clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not progress) as bar:
+        swaps_at_most = sum(config.rounds.of(job.split) for job in jobs)
+        task = bar.add_task("", total=len(jobs) + swaps_at_most)
+
+        def done() -> None:
+            bar.advance(task)
+
+        clips = _shared(lambda job: _render(job, config, root), jobs, workers, done)
+        chosen = [
+            swap
+            for split in SPLITS
+            for swap in choose_swaps(
+                [c for c in clips if c.split == split], pairs.of(split), config.rounds.of(split), config.seed, config.max_similarity
+            )
+        ]
+        tested = [c for c in clips if c.split == "test" and c.id.endswith("_00")]
+        bar.update(task, total=len(jobs) + len(chosen) + 2 * len(tested))
+        swapped = _shared(lambda pair: make_grid(root, *pair), chosen, workers, done)
+        nothing = root / "nothing.mp4"
+        black = np.zeros((config.render.frames, config.render.size, config.render.size, 3), np.uint8)
+        write_mp4(nothing, black, config.render.fps, np.zeros(config.render.samples, np.float32))
+        emptied = [(c, condition) for condition in ("muted", "blanked") for c in tested]
+        bare = _shared(lambda job: _without(root, job[0], nothing, job[1]), emptied, workers, done)
+        nothing.unlink()
+    return [*clips, *(c for s in swapped for c in s.clips), *bare], [s.grid for s in swapped]
+
+
+def build(config: DataConfig, folder: Path | str, workers: int = 2, progress: bool = True) -> Clips:
+    """Build the clips of `config` into `folder`, or return them at once if they are there. Raises DataError, and leaves nothing half done.
+
+    Not for several processes at the same time on one folder: let the main one build, then the others load.
+    """
+    folder = Path(folder)
+    classes = _classes(config)
+    pairs = split_pairs([c.name for c in classes], config.seed)
+    provenance = _provenance(config, classes, pairs)
+    existing = _existing(folder, provenance)
+    if existing is not None:
+        return existing
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(config, folder, len(classes))
+        shutil.rmtree(partial, ignore_errors=True)
+        clips, grids = _build(config, partial, classes, pairs, workers, progress)
+        save_clips(partial, clips, grids, provenance)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be written ({error.strerror}). Mend that or choose another folder.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return load_clips(folder)

@@ -1,0 +1,313 @@
+"""What a sample is: clips, grids, and the folder that holds them.
+
+A clip folder looks like this, and anyone can write one for their own media:
+
+    clips.jsonl     one clip a line (the fields of `Clip`)
+    grids.jsonl     one 2x2 grid a line (the fields of `Grid`); may be absent
+    media/*.mp4     H.264 + AAC
+    manifest.json   provenance, settings and hashes; written last, so its presence means that the folder is whole
+
+    from data.clips import load_clips
+    clips = load_clips("runs/clips")
+    clips.select("test", "counterfactual"), clips.table            # a tuple of Clip; a Hugging Face `datasets` table
+
+A folder of your own: put the files under media/, then
+
+    dog, bell = "media/dog.mp4", "media/bell.mp4"
+    rows = [
+        Clip("dog", dog, "test", "factual", "dog", "dog", "a dog", "a dog barking", "dog.mov", "dog.mov", "dog", "dog",
+             *stream_hashes(folder / dog), seconds=2.0),
+        ...
+    ]
+    save_clips(folder, rows, [], {"labels": [["dog", "a dog", "a dog barking"], ["bell", "a bell", "a bell ringing"]]})
+
+Written by hand, the least manifest.json is {"version": 1, "labels": [[name, seen, heard], ...]}. `data.counterfactual` makes the swaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+if TYPE_CHECKING:  # importing it takes a second; only `Clips.table` needs it
+    import datasets
+
+Split = Literal["train", "plan", "selection", "test", "unseen"]
+Condition = Literal["factual", "counterfactual", "muted", "blanked"]
+MANIFEST_VERSION = 1
+MANIFEST_KEYS = ("version", "labels", "pairs", "config", "sources", "files", "data_hash")  # the first two are needed, the others are not
+
+
+class DataError(ValueError):
+    """Input that cannot be used. The message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video stream and one audio stream in one mp4, each with its own known label.
+
+    `*_label` is the class, `seen` / `heard` the phrase a person would use, `*_source` the picture or recording it was rendered from,
+    `*_rendering` the factual clip that the stream was first made for (equal for both streams of a factual clip),
+    `*_sha256` a hash of the stream's own packets: equal hashes mean equal media, whatever file carries them.
+    The silent stream of a muted clip and the black one of a blanked clip have "" for label, phrase and source.
+    `id` is a plain word (letters, digits, "_", "-", "."), `file` a path below the clip folder.
+    """
+
+    id: str
+    file: str
+    split: Split
+    condition: Condition
+    video_label: str
+    audio_label: str
+    seen: str
+    heard: str
+    video_source: str
+    audio_source: str
+    video_rendering: str
+    audio_rendering: str
+    video_sha256: str
+    audio_sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Two factual clips i, j and their two swaps. In a cell the first letter is the video, the second the audio; o is from i, x from j."""
+
+    id: str
+    split: Split
+    oo: str
+    ox: str
+    xo: str
+    xx: str
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A loaded clip folder."""
+
+    root: Path
+    clips: tuple[Clip, ...]
+    grids: tuple[Grid, ...]
+    manifest: dict[str, Any]
+
+    @cached_property
+    def table(self) -> datasets.Dataset:
+        """The clips as a Hugging Face `datasets` table, a column a field; held in memory, nothing is downloaded or cached on disk."""
+        import datasets
+
+        features = datasets.Features({f.name: datasets.Value("float64" if f.type == "float" else "string") for f in fields(Clip)})
+        return datasets.Dataset.from_list([asdict(c) for c in self.clips], features=features)
+
+    @property
+    def data_hash(self) -> str:
+        """sha256 over the tables, and so over every stream hash in them: the same for the same data."""
+        return _tables_hash(_jsonl(self.clips), _jsonl(self.grids))
+
+    def select(self, split: str | None = None, condition: str | None = None) -> list[Clip]:
+        """The clips of one split and / or condition, in file order."""
+        return [c for c in self.clips if (split is None or c.split == split) and (condition is None or c.condition == condition)]
+
+    def by_id(self) -> dict[str, Clip]:
+        """Clips by their id."""
+        return {c.id: c for c in self.clips}
+
+    def path(self, clip: Clip) -> Path:
+        """Where the clip's mp4 lies."""
+        return self.root / clip.file
+
+    def labels(self) -> dict[str, tuple[str, str]]:
+        """Every class with its (seen, heard) phrases: the vocabulary that answers are matched against."""
+        return {name: (seen, heard) for name, seen, heard in self.manifest["labels"]}
+
+
+Row = TypeVar("Row", Clip, Grid)
+
+
+def _jsonl(rows: Iterable[Clip | Grid]) -> str:
+    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _tables_hash(clips: str, grids: str) -> str:
+    return hashlib.sha256(f"{clips}\n{grids}".encode()).hexdigest()
+
+
+def save_clips(folder: Path | str, clips: Iterable[Clip], grids: Iterable[Grid], manifest: dict[str, Any]) -> None:
+    """Write clips.jsonl, grids.jsonl and, last, manifest.json into a folder whose media are already there.
+
+    `manifest` needs "labels" ([[name, seen, heard], ...]); version, file sizes and the data hash are filled in. Raises DataError if the
+    folder cannot be written or a clip's file is missing.
+    """
+    folder, clips, grids = Path(folder), list(clips), list(grids)
+    whole = folder / "manifest.json"
+    try:
+        whole.unlink(missing_ok=True)  # until the new one is there, the folder is not whole
+        (folder / "clips.jsonl").write_text(_jsonl(clips))
+        (folder / "grids.jsonl").write_text(_jsonl(grids))
+        sizes = {c.file: (folder / c.file).stat().st_size for c in clips}
+        filled = {**manifest, "version": MANIFEST_VERSION, "files": sizes, "data_hash": _tables_hash(_jsonl(clips), _jsonl(grids))}
+        draft = folder / "manifest.json.partial"
+        draft.write_text(json.dumps(filled, indent=1, ensure_ascii=False) + "\n")
+        os.replace(draft, whole)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be written or found ({error.strerror}). Mend that, then save again.") from error
+
+
+def _allowed_values(cls: type[Clip] | type[Grid]) -> dict[str, tuple[type, tuple[str, ...]]]:
+    """Each field's type, and the words it may be if it is a Literal."""
+    hints = typing.get_type_hints(cls)
+    return {name: (str, get_args(hint)) if get_args(hint) else (hint, ()) for name, hint in hints.items()}
+
+
+def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
+    """The rows of a .jsonl table; a DataError that names the line for anything that is not exactly the fields of `cls`."""
+    kinds = _allowed_values(cls)
+    rows: list[Row] = []
+    ids: set[str] = set()
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Build or copy the folder again.") from error
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error}). Mend the line or build the folder again.") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{where} is not a JSON object with the fields {', '.join(kinds)}.")
+        for key in values.keys() - kinds.keys():
+            raise DataError(f'{where} has an unknown field "{key}". Remove it; the fields are {", ".join(kinds)}.')
+        for key in [k for k in kinds if k not in values]:
+            raise DataError(f'{where} has no field "{key}". Add it; the fields are {", ".join(kinds)}.')
+        for key, (kind, words) in kinds.items():
+            value = values[key]
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                values[key] = value = float(value)
+            if not isinstance(value, kind):
+                raise DataError(f'{where}: "{key}" is {value!r}, but must be a {"number" if kind is float else "string"}. Correct it.')
+            if words and value not in words:
+                raise DataError(f'{where}: unknown {key} "{value}". Use one of {", ".join(words)}.')
+        row = cls(**values)
+        if row.id in ids:
+            raise DataError(f'{where} repeats the id "{row.id}". Give each line its own id.')
+        ids.add(row.id)
+        rows.append(row)
+    return rows
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json, checked for its keys, its version and the form of its labels."""
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        if not path.parent.is_dir():
+            raise DataError(f"{path.parent} does not exist. Build it with `python -m data --out {path.parent}`.") from error
+        raise DataError(f"{path.parent} is not whole: it has no manifest.json, which is written last. Build it again.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}). Build the folder again.") from error
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path} is not a JSON object. Build the folder again.")
+    for key in manifest.keys() - set(MANIFEST_KEYS):
+        raise DataError(f'{path} has an unknown field "{key}". Remove it; the fields are {", ".join(MANIFEST_KEYS)}.')
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise DataError(f"{path} has version {manifest.get('version')}, this code reads version {MANIFEST_VERSION}. Build the folder again.")
+    labels = manifest.get("labels")
+    good = isinstance(labels, list) and all(isinstance(row, list) and len(row) == 3 and all(isinstance(w, str) and w for w in row) for row in labels)
+    if not good or not labels:
+        raise DataError(f'{path} needs "labels": a list of [name, seen, heard], each a non-empty string. Add it.')
+    if len({row[0] for row in labels}) < len(labels):
+        raise DataError(f'{path} names a label twice in "labels". Give each class one line.')
+    return manifest
+
+
+def _check_clips(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> None:
+    """Labels are known, files are there and have the size they had when the folder was written."""
+    table = root / "clips.jsonl"
+    labels = {row[0] for row in manifest["labels"]}
+    sizes = manifest.get("files", {})
+    for clip in clips:
+        if not clip.id or set(clip.id) & set("/\\ \n\t") or clip.id.startswith("."):
+            raise DataError(f'{table}: the id "{clip.id}" cannot be a file name. Use letters, digits, "_", "-" and ".".')
+        for label, absent in ((clip.video_label, clip.condition == "blanked"), (clip.audio_label, clip.condition == "muted")):
+            if absent != (label == ""):
+                raise DataError(
+                    f'{table}: clip "{clip.id}" is {clip.condition} but has the label "{label}". '
+                    'A muted clip has audio_label "", a blanked one video_label "", no other clip has an empty label.'
+                )
+            if label and label not in labels:
+                raise DataError(f'{table}: clip "{clip.id}" has the unknown label "{label}". Add it to "labels" in {root / "manifest.json"}.')
+        try:
+            size = (root / clip.file).stat().st_size
+        except OSError as error:
+            raise DataError(f'{root / clip.file}, the file of clip "{clip.id}", does not exist. Restore it or build the folder again.') from error
+        if sizes.get(clip.file, size) != size:
+            raise DataError(f"{root / clip.file} has {size} bytes, not the {sizes[clip.file]} it was written with. Build the folder again.")
+
+
+def _check_grids(root: Path, clips: list[Clip], grids: list[Grid]) -> None:
+    """A grid's four clips exist, belong to its split, and are the two factual clips and their two swaps."""
+    by_id = {c.id: c for c in clips}
+    for grid in grids:
+        where = f'{root / "grids.jsonl"}: grid "{grid.id}"'
+        for name in (grid.oo, grid.ox, grid.xo, grid.xx):
+            if name not in by_id:
+                raise DataError(f'{where} names the clip "{name}", which clips.jsonl does not have. Add the clip or remove the grid.')
+            if by_id[name].split != grid.split:
+                raise DataError(f'{where} is of split {grid.split}, but its clip "{name}" of {by_id[name].split}. Keep a grid within one split.')
+        oo, ox, xo, xx = (by_id[name] for name in (grid.oo, grid.ox, grid.xo, grid.xx))
+        streams = [(c.video_rendering, c.audio_rendering) for c in (ox, xo)]
+        if streams != [(oo.video_rendering, xx.audio_rendering), (xx.video_rendering, oo.audio_rendering)]:
+            raise DataError(f"{where} is not a pair of clips and their two swaps: compare the renderings of its four clips.")
+
+
+def _check_leaks(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> None:
+    """No rendering and no coded stream is in two splits; no conflict of train or plan is of a class pair that is tested on."""
+    table = root / "clips.jsonl"
+    splits: dict[str, Clip] = {}
+    for clip in clips:
+        # The silence and the black picture of muted and blanked clips carry nothing that could leak.
+        video = (f"the rendering {clip.video_rendering}", f"the video stream {clip.video_sha256}") if clip.video_label else ()
+        audio = (f"the rendering {clip.audio_rendering}", f"the audio stream {clip.audio_sha256}") if clip.audio_label else ()
+        for stream in video + audio:
+            first = splits.setdefault(stream, clip)
+            if first.split != clip.split:
+                raise DataError(
+                    f'{table}: {stream} is in two splits, {first.split} (clip "{first.id}") and {clip.split} (clip "{clip.id}"). '
+                    "Keep each in one, or nothing measured on the second can be trusted."
+                )
+    held = {tuple(sorted(p)) for part in ("selection", "test") for p in manifest.get("pairs", {}).get(part, [])}
+    conflicts = [(c, tuple(sorted((c.video_label, c.audio_label)))) for c in clips if c.video_label and c.audio_label and c.video_label != c.audio_label]
+    held |= {p for c, p in conflicts if c.split in ("selection", "test", "unseen")}
+    for clip, classes in conflicts:
+        if clip.split in ("train", "plan") and classes in held:
+            raise DataError(
+                f'{table}: {clip.split} clip "{clip.id}" pairs {classes[0]} with {classes[1]}, a pair that is held out for testing. '
+                "Take it out of train and plan, in both directions."
+            )
+
+
+def load_clips(folder: Path | str) -> Clips:
+    """A clip folder, fully checked (not decoded). Raises DataError with one sentence that names the file, and the line, and what to do."""
+    root = Path(folder)
+    manifest = _read_manifest(root / "manifest.json")
+    clips = _read_rows(root / "clips.jsonl", Clip)
+    grids = _read_rows(root / "grids.jsonl", Grid) if (root / "grids.jsonl").exists() else []
+    if not clips:
+        raise DataError(f"{root / 'clips.jsonl'} has no clips. Build the folder again.")
+    _check_clips(root, clips, manifest)
+    _check_grids(root, clips, grids)
+    _check_leaks(root, clips, manifest)
+    loaded = Clips(root, tuple(clips), tuple(grids), manifest)
+    if "data_hash" in manifest and loaded.data_hash != manifest["data_hash"]:
+        raise DataError(f"{root} was changed after its manifest.json was written. Write it with data.clips.save_clips, or build it again.")
+    return loaded

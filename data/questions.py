@@ -1,0 +1,55 @@
+"""What is asked about a clip and how it is answered.
+
+A question *designates* a modality: see, hear or both. The first wording of each is the canonical one: diagnosis asks only that,
+training may use all (`question("hear", seed=3)`). Answers say the label phrase in a fixed template:
+
+    answer("hear", "a dog", "a cat meowing")    # ("I hear a cat meowing.", "a cat meowing")
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Literal, get_args
+
+Modality = Literal["see", "hear", "both"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+QUESTIONS: dict[Modality, tuple[str, ...]] = {
+    "see": (
+        "What do you see?",
+        "What can be seen?",
+        "What is in the picture?",
+        "Which thing does the video show?",
+        "What is visible here?",
+    ),
+    "hear": (
+        "What do you hear?",
+        "What sound is this?",
+        "Which sound can be heard?",
+        "What is on the sound track?",
+        "What does it sound like?",
+    ),
+    "both": (
+        "What do you see and hear?",
+        "What can be seen and heard?",
+        "What is shown, and what does it sound like?",
+        "What do the picture and the sound contain?",
+    ),
+}
+
+
+def question(modality: Modality, seed: int | None = None) -> str:
+    """The canonical wording, or, with a seed, any wording of that modality."""
+    if seed is None:
+        return QUESTIONS[modality][0]
+    return random.Random(seed).choice(QUESTIONS[modality])
+
+
+def answer(modality: Modality, seen: str, heard: str) -> tuple[str, str]:
+    """(the whole answer, the part of it that is the label). For `both` that part runs from the seen phrase to the heard one."""
+    if modality == "see":
+        return f"I see {seen}.", seen
+    if modality == "hear":
+        return f"I hear {heard}.", heard
+    span = f"{seen} and I hear {heard}"
+    return f"I see {span}.", span

@@ -1,0 +1,120 @@
+"""The embedded set: real pictures and real recordings of 43 classes, with their licences.
+
+    from data.sources import load_sources
+    for c in load_sources():
+        print(c.name, c.seen, c.heard, [p.id for p in c.train_pictures], [s.id for s in c.held_sounds])
+
+Some sources are *held out*: nothing is ever trained on them, and the `unseen` split is made from them.
+
+- pictures: the style `noto` of every class (the other styles are `fluent` and, for some animals, `photo`);
+- recordings: where a class has recordings from more than one package, those of the package with the fewest (so that training keeps
+  the most); of equally many, the alphabetically last package. A class whose recordings come from one package has none held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from data.clips import DataError
+
+REAL_AV = Path(__file__).parent / "real_av"
+HELD_OUT_STYLE = "noto"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture or recording. `package` is where it comes from (a style or a sound library), `id` the file's name without its ending."""
+
+    id: str
+    path: Path
+    package: str
+    license: str
+    origin: str
+    attribution: str
+    sha256: str
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class SourceClass:
+    """One class: what it looks like, what it sounds like. `name` has underscores, `title` is the same with spaces."""
+
+    name: str
+    title: str
+    seen: str
+    heard: str
+    pictures: tuple[Source, ...]
+    sounds: tuple[Source, ...]
+
+    @property
+    def train_pictures(self) -> tuple[Source, ...]:
+        """Pictures that may be trained on."""
+        return tuple(p for p in self.pictures if not p.held_out)
+
+    @property
+    def train_sounds(self) -> tuple[Source, ...]:
+        """Recordings that may be trained on."""
+        return tuple(s for s in self.sounds if not s.held_out)
+
+    @property
+    def held_pictures(self) -> tuple[Source, ...]:
+        """Pictures kept for the `unseen` split."""
+        return tuple(p for p in self.pictures if p.held_out)
+
+    @property
+    def held_sounds(self) -> tuple[Source, ...]:
+        """Recordings kept for the `unseen` split; empty for classes with recordings from one package only."""
+        return tuple(s for s in self.sounds if s.held_out)
+
+
+def held_out_package(packages: Sequence[str]) -> str | None:
+    """The package whose recordings are held out, from the package of each recording of a class; None if there is one package only."""
+    counts = Counter(packages)
+    if len(counts) < 2:
+        return None
+    fewest = min(counts.values())
+    return max(package for package, n in counts.items() if n == fewest)
+
+
+def _source(root: Path, entry: dict[str, Any], held_out: bool) -> Source:
+    path = root / entry["file"]
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} is listed in {root / 'manifest.json'} but cannot be read ({error.strerror}). Restore it with git.") from error
+    if found != entry["sha256"]:
+        raise DataError(f"{path} has changed: its sha256 is not the one in {root / 'manifest.json'}. Restore it with git.")
+    return Source(path.stem, path, entry["source"], entry["license"], entry["origin"], entry["attribution"], entry["sha256"], held_out)
+
+
+@lru_cache(maxsize=4)
+def load_sources(root: Path = REAL_AV) -> list[SourceClass]:
+    """Every class of the set, in manifest order, each file checked against its sha256. Raises DataError for a missing or changed file."""
+    manifest_path = root / "manifest.json"
+    try:
+        entries = json.loads(manifest_path.read_text())["classes"]
+    except OSError as error:
+        raise DataError(f"{manifest_path} cannot be read ({error.strerror}). Is {root} the folder of a source set?") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{manifest_path} is no source manifest: it must be JSON with a list "classes". Restore it with git.') from error
+    classes = []
+    for entry in entries:
+        held = held_out_package([s["source"] for s in entry["sounds"]])
+        classes.append(
+            SourceClass(
+                name=entry["name"].replace(" ", "_"),
+                title=entry["name"],
+                seen=entry["seen"],
+                heard=entry["heard"],
+                pictures=tuple(_source(root, p, p["source"] == HELD_OUT_STYLE) for p in entry["images"]),
+                sounds=tuple(_source(root, s, s["source"] == held) for s in entry["sounds"]),
+            )
+        )
+    return classes

@@ -1,0 +1,180 @@
+"""One instrumented attention for every family: cuts (attention knockout) and taps (attention flow).
+
+The function below is registered with transformers under the name `avbalance` together with a mask function of the same name, so that
+padding is never ignored and a dense boolean mask always exists to cut in. What to cut or record travels *with the forward call* as the
+keyword argument `instruments`, so it works in prefill and in decoding, padded and batched, under autograd, and survives gradient checkpointing.
+
+    text_model(..., instruments=Instruments(kinds=kinds, cuts=[(Cut.at("video->emitters", 4, 8),)] * batch))
+
+Attention knockout: Geva et al. 2023 (arXiv 2304.14767). A cut closes the direct path only; rows in between may already carry the other stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+IMPLEMENTATION = "avbalance"
+
+
+class CutError(RuntimeError):
+    """A cut that would not do what it says."""
+
+
+class Kind(IntEnum):
+    """What a position is; the kinds partition every sequence (docs/definitions.md)."""
+
+    SYSTEM = 0  # everything before the media
+    VIDEO = 1  # video tokens with their delimiters
+    AUDIO = 2  # audio tokens with their delimiters
+    QUESTION = 3  # every row after the media that emits no answer token
+    EMITTER = 4  # rows whose output is an answer token: the last prompt row, every answer row but the last
+    PAD = 5
+
+
+SITES: dict[str, tuple[tuple[Kind, ...], tuple[Kind, ...]]] = {
+    f"{source.name.lower()}->{name}": ((source,), target)
+    for source, other in ((Kind.VIDEO, Kind.AUDIO), (Kind.AUDIO, Kind.VIDEO))
+    for name, target in (
+        ("emitters", (Kind.EMITTER,)),
+        ("question", (Kind.QUESTION,)),
+        ("question+emitters", (Kind.QUESTION, Kind.EMITTER)),
+        (other.name.lower(), (other,)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """No information from `source` keys to `target` queries in layers [start, stop)."""
+
+    source: tuple[Kind, ...]
+    target: tuple[Kind, ...]
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if set(self.source) & set(self.target):
+            raise CutError(f"A cut from {self.source} to {self.target} would cut rows from themselves.")
+        if not 0 <= self.start < self.stop:
+            raise CutError(f"A cut needs layers [start, stop) with 0 <= start < stop, not [{self.start}, {self.stop}).")
+
+    @classmethod
+    def at(cls, site: str, start: int, stop: int) -> Cut:
+        """The cut at a named site of `SITES`."""
+        if site not in SITES:
+            raise CutError(f"Unknown site {site!r}; the sites are {', '.join(SITES)}.")
+        return cls(*SITES[site], start, stop)
+
+    @property
+    def site(self) -> str:
+        """Its name in `SITES`."""
+        return next(name for name, kinds in SITES.items() if kinds == (self.source, self.target))
+
+    @property
+    def cuts_media(self) -> bool:
+        """Whether some query row lies in the media prefix (then the prefix must be computed under the cut)."""
+        return any(kind in (Kind.SYSTEM, Kind.VIDEO, Kind.AUDIO) for kind in self.target)
+
+
+Cuts = Sequence[tuple[Cut, ...]]  # one tuple a batch row
+
+
+@dataclass
+class FlowTap:
+    """Attention mass by kind, filled during a forward pass.
+
+    `mass[layer]`: (3, batch, 2, kinds): variant (plain, without the first-token sink, value-norm weighted), item, target (question, emitters), source kind.
+    Heads are averaged, then the rows of a target. Value-norm weighting multiplies a weight by ‖v‖ of its key (Kobayashi et al. 2020, before the output projection).
+    """
+
+    mass: dict[int, torch.Tensor] = field(default_factory=dict)
+    blocked_weight: float = 0.0  # largest weight seen on a blocked pair; the self-check asserts an exact zero
+
+    def record(self, layer: int, kinds: torch.Tensor, query, key, value, mask, scaling: float, blocked: torch.Tensor | None) -> None:
+        """Weights of the rows in this pass only: (batch, heads, rows, keys), never the square of the sequence."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        scores = (query @ key.transpose(2, 3) * scaling).float().masked_fill(~mask, float("-inf"))
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        if blocked is not None:
+            self.blocked_weight = max(self.blocked_weight, float((weights * blocked).max()))
+        variants = [weights, weights.clone(), weights * value.float().norm(dim=-1)[:, :, None, :]]
+        variants[1][..., 0] = 0.0
+        source = torch.nn.functional.one_hot(kinds, len(Kind)).float()  # (batch, keys, kinds)
+        row_kinds = kinds[:, -query.shape[2] :]
+        out = torch.zeros(3, query.shape[0], 2, len(Kind))
+        for v, w in enumerate(variants):
+            w = (w / w.sum(-1, keepdim=True).clamp_min(1e-12)).mean(1)  # (batch, rows, keys)
+            by_kind = w @ source
+            for t, target in enumerate((Kind.QUESTION, Kind.EMITTER)):
+                rows = (row_kinds == target).float()[..., None]
+                out[v, :, t] = ((by_kind * rows).sum(1) / rows.sum(1).clamp_min(1)).cpu()
+        self.mass[layer] = out
+
+
+@dataclass
+class Instruments:
+    """What one forward pass cuts and records.
+
+    kinds: (batch, keys) kind of every key position, cached ones included; the last `rows` of it are the rows of this pass.
+    cuts: one tuple of cuts a batch row, or empty. flow: a tap to fill, or None.
+    """
+
+    kinds: torch.Tensor
+    cuts: Cuts = ()
+    flow: FlowTap | None = None
+    _blocked: dict[bytes, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def blocked(self, layer: int, rows: int, keys: int) -> torch.Tensor | None:
+        """(batch, 1, rows, keys) True where this layer must not look, or None where nothing is cut."""
+        if not any(self.cuts):
+            return None
+        if self.kinds.shape[1] != keys or len(self.cuts) != self.kinds.shape[0]:
+            raise CutError(f"A cut needs the kinds of all {keys} keys and one cut tuple a row; got {tuple(self.kinds.shape)} and {len(self.cuts)}.")
+        table = torch.zeros(len(self.cuts), len(Kind), len(Kind), dtype=torch.bool)  # (batch, target kind, source kind)
+        for row, cuts in enumerate(self.cuts):
+            for cut in cuts:
+                if cut.start <= layer < cut.stop:
+                    table[row][torch.tensor(cut.target)[:, None], torch.tensor(cut.source)] = True
+        if not table.any():
+            return None
+        name = table.numpy().tobytes()
+        if name not in self._blocked:
+            pair = self.kinds[:, -rows:, None] * len(Kind) + self.kinds[:, None, :]
+            flat = table.view(len(self.cuts), -1).to(pair.device)
+            self._blocked[name] = torch.gather(flat, 1, pair.flatten(1)).view_as(pair)[:, None]
+        return self._blocked[name]
+
+
+def instrumented_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, instruments: Instruments | None = None, **kwargs):
+    """SDPA with a dense boolean mask; `instruments` may block pairs and record attention mass. Shapes as in transformers."""
+    if instruments is not None:
+        rows, keys = query.shape[2], key.shape[2]
+        if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.shape[-2:] != (rows, keys):
+            raise CutError("The instrumented attention needs a dense boolean mask; load the model through models.load_model.")
+        blocked = instruments.blocked(module.layer_idx, rows, keys)
+        if blocked is not None:
+            attention_mask = attention_mask & ~blocked
+        if instruments.flow is not None:
+            scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+            instruments.flow.record(module.layer_idx, instruments.kinds, query, key, value, attention_mask, scale, blocked)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def dense_mask(*args, **kwargs) -> torch.Tensor:
+    """`sdpa_mask` that is never skipped, so there is always a mask to cut in."""
+    kwargs["allow_is_causal_skip"] = False
+    mask = sdpa_mask(*args, **kwargs)
+    assert mask is not None
+    return mask
+
+
+AttentionInterface.register(IMPLEMENTATION, instrumented_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, dense_mask)

@@ -1,0 +1,511 @@
+"""The one interface to an audio-visual LLM. Nothing outside `models/` asks which family it talks to.
+
+    model = load_model("models/organism/avllm")
+    media = model.media(clip, clips.root)                       # frozen towers, once per stream
+    prefix = model.prefill([media])                             # system + media rows, once
+    out = model.extend(prefix, [0, 0], [hear, see], cuts=…)     # any number of questions and cuts on top
+    text = model.generate(prefix, [0], ["What do you hear?"])   # greedy
+
+A prompt is [system][media][question][answer]; media come first, so everything asked about a clip shares its prefix, and attention being
+causal, a cut into question or answer rows leaves the prefix as it was. `prefill` + `extend` equals one full forward pass (tests/models).
+A family file supplies the five hooks at the end of the class. Everything is padded on the right; padding has kind PAD and is never attended to.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from data.clips import Clip
+from data.media import read_audio, read_video
+from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+AUDIO_RATE = 16_000
+
+
+class ModelError(ValueError):
+    """A model, adapter or input that does not fit. The message says what and what to do."""
+
+
+@dataclass(frozen=True)
+class StreamFeatures:
+    """What the frozen tower made of one stream. features: (tokens, hidden). size: (t, h, w) patches of a video, (mel frames,) of audio."""
+
+    features: torch.Tensor
+    size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Media:
+    """The streams of one clip that go into the prompt."""
+
+    video: StreamFeatures | None
+    audio: StreamFeatures | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The system + media rows of a prompt. ids, kinds: (P,); positions: (3, P)."""
+
+    ids: torch.Tensor
+    kinds: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """Question and answer rows. ids, kinds: (S,). Answer token a is emitted by row `first + a`; `span` marks the label's tokens among `targets`: (A,)."""
+
+    ids: torch.Tensor
+    kinds: torch.Tensor
+    first: int
+    targets: torch.Tensor
+    span: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """A whole prompt with its answer, for training."""
+
+    media: Media
+    suffix: Suffix
+
+
+@dataclass
+class Batch:
+    """Padded sequences. `inputs` goes to `decoder(**inputs)`; targets: (B, A), -100 padded; span: (B, A); kinds: (B, T)."""
+
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+    span: torch.Tensor
+    kinds: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch elsewhere."""
+        return replace(
+            self, inputs={k: v.to(device) for k, v in self.inputs.items()}, targets=self.targets.to(device), span=self.span.to(device), kinds=self.kinds.to(device)
+        )
+
+
+@dataclass
+class Prefix:
+    """Computed media prefixes: keys and values of every layer, (N, heads, P, head size). `hidden`: L + 1 tensors (N, P, H) if asked for."""
+
+    kinds: torch.Tensor  # (N, P)
+    next_position: torch.Tensor  # (N,)
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    cuts: Cuts
+    hidden: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def n(self) -> int:
+        """How many clips."""
+        return self.kinds.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Rows that are not padding, (N,)."""
+        return (self.kinds != Kind.PAD).sum(1)
+
+
+@dataclass
+class Output:
+    """What `extend` returns; see there. logits: (N, A, V) at the emitters; targets, span: (N, A)."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    span: torch.Tensor
+    kinds: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] | None = None
+    flow: torch.Tensor | None = None
+
+    def logprobs(self) -> torch.Tensor:
+        """(N, A) log-probability of each answer token, in nats; 0 where padded."""
+        return answer_logprobs(self.logits, self.targets)
+
+    def span_score(self) -> torch.Tensor:
+        """(N,) mean log-likelihood of the label span's tokens: s of docs/definitions.md (no template, no end token)."""
+        return (self.logprobs() * self.span).sum(1) / self.span.sum(1)
+
+
+def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p of targets (N, A) under logits (N, A, V), in nats; 0 where the target is -100."""
+    picked = torch.gather(logits.float().log_softmax(-1), 2, targets.clamp_min(0)[..., None])[..., 0]
+    return picked.masked_fill(targets == -100, 0.0)
+
+
+class Decoder(nn.Module):
+    """Language model and head as one module: what accelerate wraps, so that DDP and DeepSpeed see every trained parameter go through its forward."""
+
+    def __init__(self, text_model: nn.Module, head: nn.Module):
+        super().__init__()
+        self.text_model = text_model
+        self.head = head
+
+    def forward(self, input_ids, features, media_mask, position_ids, attention_mask, kinds, rows, cuts: Cuts = ()) -> torch.Tensor:
+        """Logits (B, A, V) at `rows` (B, A). features: (media rows in batch order, H) go where media_mask (B, T) is True. position_ids: (3, B, T)."""
+        embeds = self.text_model.embed_tokens(input_ids)
+        embeds = embeds.masked_scatter(media_mask[..., None], features.to(embeds.dtype))
+        hidden = self.text_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            instruments=Instruments(kinds, cuts) if cuts else None,
+        ).last_hidden_state
+        return self.head(torch.gather(hidden, 1, rows[..., None].expand(-1, -1, hidden.shape[-1])))
+
+
+class AVLLM(ABC):
+    """A loaded model with its processor. Built by `models.load_model`."""
+
+    family: str
+    fps: float = 2.0
+    system_prompt = "You are a helpful assistant."
+
+    def __init__(self, path: str, thinker: nn.Module, processor: Any, device: str | torch.device, base_path: str | None):
+        self.path = path
+        self.thinker = thinker
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.device = torch.device(device)
+        self.base_path = base_path
+        self.adapter: str | None = None
+        self.text_model.config.tie_last_hidden_states = False  # so that the last hidden state is the one before the final norm
+        self.decoder = Decoder(self.text_model, self.head)
+        self.n_layers = len(self.text_model.layers)
+        self.hidden_size = self.text_model.config.hidden_size
+        self.dtype = next(self.text_model.parameters()).dtype
+        self._streams: dict[tuple[str, str], StreamFeatures] = {}
+        self._layouts: dict[tuple, Layout] = {}
+
+    # ---------------------------------------------------------------- media
+
+    def media(self, clip: Clip, root: Path, video: bool = True, audio: bool = True) -> Media:
+        """Features of the clip's streams; a stream (by its packets' hash) passes through its tower once in the life of this object.
+
+        Raises data.media.MediaError for media that cannot be used and ModelError where audio or video left no tokens.
+        """
+        self._encode([(clip, root, video, audio)])
+        return Media(
+            self._streams[("video", clip.video_sha256)] if video else None,
+            self._streams[("audio", clip.audio_sha256)] if audio else None,
+        )
+
+    def precompute(self, clips: Sequence[Clip], root: Path, progress: bool = True, batch: int = 32) -> None:
+        """Run the towers for every stream of `clips` that has not been seen yet."""
+        seen: set[tuple[str, str]] = set(self._streams)
+        new = []
+        for clip in clips:
+            video, audio = ("video", clip.video_sha256) not in seen, ("audio", clip.audio_sha256) not in seen
+            if video or audio:
+                new.append((clip, root, video, audio))
+                seen |= {("video", clip.video_sha256), ("audio", clip.audio_sha256)}
+        for start in tqdm(range(0, len(new), batch), desc="towers", unit="batch", disable=not progress or not new, leave=False):
+            self._encode(new[start : start + batch])
+
+    @torch.no_grad()
+    def _encode(self, wanted: list[tuple[Clip, Path, bool, bool]]) -> None:
+        videos, audios = {}, {}
+        for clip, root, video, audio in wanted:
+            if video and ("video", clip.video_sha256) not in self._streams:
+                videos[clip.video_sha256] = read_video(root / clip.file, self.fps)
+            if audio and ("audio", clip.audio_sha256) not in self._streams:
+                audios[clip.audio_sha256] = read_audio(root / clip.file, AUDIO_RATE, muted=clip.condition == "muted")
+        for kind, streams, run in (("video", videos, self.encode_video), ("audio", audios, self.encode_audio)):
+            if streams:
+                for sha, features in zip(streams, run(list(streams.values())), strict=True):
+                    if features.features.shape[0] == 0:
+                        clip = next(c for c, *_ in wanted if sha in (c.video_sha256, c.audio_sha256))
+                        raise ModelError(f"{clip.file}: its {kind} left no tokens. The stream is too short for this model; use a longer clip.")
+                    self._streams[(kind, sha)] = features
+
+    def forget_media(self) -> None:
+        """Free the cached tower features."""
+        self._streams.clear()
+
+    # ---------------------------------------------------------------- prompts
+
+    def suffix(self, question: str, answer: str = "", span: str | None = None) -> Suffix:
+        """Rows for a question and its answer. `span` is the label phrase inside the answer. The end token counts as an answer token, never as span.
+
+        Raises ModelError if the span is not in the answer.
+        """
+        prompt = self.tokenizer(self.question_text(question), add_special_tokens=False)["input_ids"]
+        ids, kinds = list(prompt), [Kind.QUESTION] * (len(prompt) - 1) + [Kind.EMITTER]
+        targets: list[int] = []
+        marked: list[bool] = []
+        if answer:
+            encoded = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+            at = answer.find(span) if span else 0
+            if at < 0:
+                raise ModelError(f"The label {span!r} is not in the answer {answer!r}.")
+            stop = at + len(span or "")
+            targets = [*encoded["input_ids"], self.end_id]
+            marked = [a < stop and b > at for a, b in encoded["offset_mapping"]] + [False]
+            ids += targets
+            kinds += [Kind.EMITTER] * (len(targets) - 1) + [Kind.QUESTION]
+        return Suffix(
+            torch.tensor(ids), torch.tensor([int(k) for k in kinds]), len(prompt) - 1, torch.tensor(targets, dtype=torch.long), torch.tensor(marked, dtype=torch.bool)
+        )
+
+    def sequence(self, media: Media, question: str, answer: str, span: str | None = None) -> Example:
+        """One training example."""
+        return Example(media, self.suffix(question, answer, span))
+
+    def layout(self, media: Media) -> Layout:
+        """System and media rows of a prompt; cached by the sizes of the streams."""
+        key = (media.video.size if media.video else None, media.audio.size if media.audio else None)
+        if key not in self._layouts:
+            self._layouts[key] = self.media_layout(*key)
+        return self._layouts[key]
+
+    def _features(self, media: Media, layout: Layout) -> torch.Tensor:
+        """Tower features in the order of the prompt's media rows, (media rows, H)."""
+        out = torch.empty(int(self.is_media(layout.ids).sum()), self.hidden_size, dtype=self.dtype)
+        video_rows = (layout.ids == self.video_id)[self.is_media(layout.ids)]
+        if media.video is not None:
+            out[video_rows] = media.video.features
+        if media.audio is not None:
+            out[~video_rows] = media.audio.features
+        return out
+
+    def is_media(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where tower features replace the embedding."""
+        return (ids == self.video_id) | (ids == self.audio_id)
+
+    def batch(self, sequences: Sequence[Example]) -> Batch:
+        """Right-padded batch of whole sequences."""
+        layouts = [self.layout(s.media) for s in sequences]
+        suffixes = [s.suffix for s in sequences]
+        ids = [torch.cat([p.ids, s.ids]) for p, s in zip(layouts, suffixes, strict=True)]
+        kinds = _pad([torch.cat([p.kinds, s.kinds]) for p, s in zip(layouts, suffixes, strict=True)], Kind.PAD)
+        positions = [torch.cat([p.positions, _text_positions(int(p.positions.max()) + 1, len(s.ids))], 1) for p, s in zip(layouts, suffixes, strict=True)]
+        targets = _pad([s.targets for s in suffixes], -100)
+        padded = _pad(ids, self.pad_id)
+        first = torch.tensor([len(p.ids) + s.first for p, s in zip(layouts, suffixes, strict=True)])
+        rows = (first[:, None] + torch.arange(targets.shape[1])).clamp_max(padded.shape[1] - 1)
+        inputs = {
+            "input_ids": padded,
+            "features": torch.cat([self._features(s.media, p) for s, p in zip(sequences, layouts, strict=True)]),
+            "media_mask": self.is_media(padded),
+            "position_ids": _pad([p.T for p in positions], 0).permute(2, 0, 1),
+            "attention_mask": (kinds != Kind.PAD).long(),
+            "kinds": kinds,
+            "rows": rows,
+        }
+        return Batch(inputs, targets, _pad([s.span for s in suffixes], False), kinds).to(self.device)
+
+    def forward(self, batch: Batch, cuts: Cuts = ()) -> torch.Tensor:
+        """Logits (B, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts)`."""
+        return self.decoder(**batch.inputs, cuts=cuts)
+
+    # ---------------------------------------------------------------- two-phase inference
+
+    @torch.no_grad()
+    def prefill(self, media: Sequence[Media], cuts: Cuts | None = None, hidden: bool = False) -> Prefix:
+        """Run the system and media rows of N clips. `cuts`: one tuple a clip, needed where a cut's target lies in the media."""
+        layouts = [self.layout(m) for m in media]
+        ids = _pad([p.ids for p in layouts], self.pad_id).to(self.device)
+        kinds = _pad([p.kinds for p in layouts], Kind.PAD).to(self.device)
+        features = torch.cat([self._features(m, p) for m, p in zip(media, layouts, strict=True)]).to(self.device)
+        embeds = self.text_model.embed_tokens(ids)
+        if len(features):
+            embeds = embeds.masked_scatter(self.is_media(ids)[..., None], features.to(embeds.dtype))
+        cache = DynamicCache(config=self.text_model.config)
+        out = self.text_model(
+            inputs_embeds=embeds,
+            position_ids=_pad([p.positions.T for p in layouts], 0).permute(2, 0, 1).to(self.device),
+            attention_mask=(kinds != Kind.PAD).long(),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=hidden,
+            instruments=Instruments(kinds, cuts) if cuts is not None else None,
+        )
+        return Prefix(
+            kinds,
+            torch.tensor([int(p.positions.max()) + 1 for p in layouts], device=self.device),
+            [layer.keys for layer in cache.layers],
+            [layer.values for layer in cache.layers],
+            cuts or (),
+            out.hidden_states if hidden else None,
+        )
+
+    @torch.no_grad()
+    def extend(
+        self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None, hidden: bool = False, flow: bool = False
+    ) -> Output:
+        """Run N question + answer suffixes on top of prefix rows `which`, each under its own cuts.
+
+        hidden: also return L + 1 tensors (N, S, H), index 0 the embeddings, l the output of layer l before the final norm.
+        flow: also return attention mass (3, L, N, 2, kinds); see FlowTap. Raises CutError where a cut should have been given to `prefill`.
+        """
+        self._check_prefix_cuts(prefix, which, cuts)
+        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
+        kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
+        cache, position = self._select(prefix, which)
+        tap = FlowTap() if flow else None
+        state, all_kinds, hidden_states = self._step(ids, kinds, prefix.kinds[list(which)], position, cache, cuts, hidden, tap)
+        targets = _pad([s.targets for s in suffixes], -100).to(self.device)
+        rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(max(1, targets.shape[1]))).clamp_max(ids.shape[1] - 1).to(self.device)
+        logits = self.head(torch.gather(state, 1, rows[..., None].expand(-1, -1, state.shape[-1])))
+        return Output(
+            logits,
+            targets,
+            _pad([s.span for s in suffixes], False).to(self.device),
+            kinds,
+            hidden_states,
+            torch.stack([tap.mass[layer] for layer in range(self.n_layers)], dim=1) if tap else None,
+        )
+
+    @torch.no_grad()
+    def generate(self, prefix: Prefix, which: Sequence[int], questions: Sequence[str], cuts: Cuts | None = None, max_new_tokens: int = 24) -> list[str]:
+        """Greedy answers to questions on top of prefix rows `which`, each under its own cuts."""
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.generate_ids(prefix, which, questions, cuts, max_new_tokens)]
+
+    @torch.no_grad()
+    def generate_ids(self, prefix: Prefix, which: Sequence[int], questions: Sequence[str], cuts: Cuts | None = None, max_new_tokens: int = 24) -> list[list[int]]:
+        """Greedy answer tokens, without the end token."""
+        self._check_prefix_cuts(prefix, which, cuts)
+        suffixes = [self.suffix(q) for q in questions]
+        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
+        kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
+        cache, position = self._select(prefix, which)
+        past = prefix.kinds[list(which)]
+        first = torch.tensor([s.first for s in suffixes], device=self.device)
+        answers: list[list[int]] = [[] for _ in suffixes]
+        done = torch.zeros(len(suffixes), dtype=torch.bool, device=self.device)
+        state, past, _ = self._step(ids, kinds, past, position, cache, cuts, False, None)
+        position = position + first + 1
+        last = state[torch.arange(len(suffixes)), first]
+        for _ in range(max_new_tokens):
+            token = self.head(last).argmax(-1)
+            done = done | (token == self.end_id)
+            for i in range(len(answers)):
+                if not done[i]:
+                    answers[i].append(int(token[i]))
+            if bool(done.all()):
+                break
+            kinds = torch.full((len(suffixes), 1), int(Kind.EMITTER), device=self.device)
+            state, past, _ = self._step(token[:, None], kinds, past, position, cache, cuts, False, None)
+            position, last = position + 1, state[:, 0]
+        return answers
+
+    def _select(self, prefix: Prefix, which: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
+        index = torch.tensor(list(which), device=self.device)
+        pairs = [(k[index], v[index]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        return DynamicCache(pairs), prefix.next_position[index]
+
+    def _step(self, ids, kinds, past_kinds, position, cache, cuts, hidden, tap):
+        """Rows `ids` (N, S) on top of a cache. Returns normed states (N, S, H), kinds of all keys, hidden states or None."""
+        all_kinds = torch.cat([past_kinds, kinds], 1)
+        out = self.text_model(
+            inputs_embeds=self.text_model.embed_tokens(ids),
+            position_ids=(position[:, None] + torch.arange(ids.shape[1], device=self.device)).expand(3, -1, -1),
+            attention_mask=(all_kinds != Kind.PAD).long(),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=hidden,
+            instruments=Instruments(all_kinds, cuts or (), tap) if cuts is not None or tap is not None else None,
+        )
+        return out.last_hidden_state, all_kinds, out.hidden_states if hidden else None
+
+    def _check_prefix_cuts(self, prefix: Prefix, which: Sequence[int], cuts: Cuts | None) -> None:
+        given: Sequence[tuple[Cut, ...]] = cuts if cuts is not None else [()] * len(which)
+        if len(given) != len(which):
+            raise CutError(f"One tuple of cuts a suffix is needed: {len(given)} for {len(which)}.")
+        for row, wanted in zip(which, given, strict=True):
+            had = {c for c in (prefix.cuts[row] if len(prefix.cuts) else ()) if c.cuts_media}
+            if {c for c in wanted if c.cuts_media} != had:
+                raise CutError("A cut into media rows changes the prefix: give the same cuts to prefill and to extend.")
+            for cut in wanted:
+                if cut.stop > self.n_layers:
+                    raise CutError(f"A cut of layers [{cut.start}, {cut.stop}) does not fit a model of {self.n_layers} layers.")
+
+    def lens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logit lens: logits (..., V) of states (..., H) through the final norm and the head."""
+        return self.head(self.text_model.norm(hidden))
+
+    # ---------------------------------------------------------------- LoRA
+
+    def lora_targets(self, layers: Sequence[int], projections: Sequence[str]) -> list[str]:
+        """Full module names inside the decoder's layers; the towers are never among them. Raises ModelError for an unknown name or layer."""
+        if unknown := sorted(set(projections) - set(PROJECTIONS)):
+            raise ModelError(f"Unknown projections {unknown}; there are {', '.join(PROJECTIONS)}.")
+        if wrong := [layer for layer in layers if not 0 <= layer < self.n_layers]:
+            raise ModelError(f"This model has layers 0 to {self.n_layers - 1}, not {wrong}.")
+        ids = {id(m): name for name, m in self.thinker.named_modules()}
+        modules = [m for layer in sorted(set(layers)) for name, m in self.text_model.layers[layer].named_modules() if name.split(".")[-1] in projections]
+        return [ids[id(m)] for m in modules]
+
+    def add_lora(self, targets: Sequence[str], r: int, alpha: int, dropout: float = 0.0) -> None:
+        """Attach a fresh LoRA adapter to exactly these modules; everything else is frozen."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", base_model_name_or_path=self.path)
+        self.thinker = get_peft_model(self.thinker, config)
+
+    def adapter_off(self):
+        """Context in which the model is the one before LoRA. Does nothing where there is no adapter."""
+        return self.thinker.disable_adapter() if hasattr(self.thinker, "disable_adapter") else nullcontext()
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """PEFT format: adapter_config.json and adapter_model.safetensors."""
+        self.thinker.save_pretrained(str(folder))
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that training will change."""
+        return [(name, p) for name, p in self.thinker.named_parameters() if p.requires_grad]
+
+    # ---------------------------------------------------------------- the family's part
+
+    video_id: int
+    audio_id: int
+    end_id: int
+    pad_id: int
+
+    @property
+    @abstractmethod
+    def text_model(self) -> nn.Module:
+        """The decoder stack with .embed_tokens, .layers, .norm, .config."""
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.Module:
+        """The unembedding."""
+
+    @abstractmethod
+    def encode_video(self, videos: list[np.ndarray]) -> list[StreamFeatures]:
+        """Towers on frames uint8 (n, 3, h, w) sampled at `self.fps`."""
+
+    @abstractmethod
+    def encode_audio(self, waves: list[np.ndarray]) -> list[StreamFeatures]:
+        """Towers on mono float32 waves at 16 kHz."""
+
+    @abstractmethod
+    def media_layout(self, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> Layout:
+        """Token ids, kinds and positions of system + media for streams of these sizes, exactly as the family's processor and model make them."""
+
+    @abstractmethod
+    def question_text(self, question: str) -> str:
+        """The prompt's text after the media, up to where the answer starts."""
+
+
+def _pad(rows: Sequence[torch.Tensor], value) -> torch.Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _text_positions(start: int, n: int) -> torch.Tensor:
+    return (torch.arange(n) + start).expand(3, -1)

@@ -1,0 +1,72 @@
+"""`load_model`: the only place that looks at which family a folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from models import qwen2_5_omni
+from models.avllm import AVLLM, ModelError
+
+FAMILIES = {model_type: qwen2_5_omni.Qwen25Omni for model_type in qwen2_5_omni.MODEL_TYPES}
+
+
+def load_model(path: str | Path, adapter: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, base: str | None = None) -> AVLLM:
+    """Load a model folder (or hub id), and optionally a PEFT adapter on top.
+
+    base: folder of the vision-language base for token shift; by default what the model folder's avbalance.json names.
+    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, or an adapter of another model.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ModelError(f"{path} is no model: it has no config.json. Give the folder of a checkpoint, such as models/organism/avllm.")
+    if not folder.exists() and str(path).count("/") != 1:
+        raise ModelError(f"{path}: no such model folder.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is no model that transformers can read: {str(error).splitlines()[0]}") from None
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"{path} is a {config.model_type} model; the families here are {', '.join(FAMILIES)}.")
+    note = folder / "avbalance.json"
+    if base is None and note.is_file():
+        named = json.loads(note.read_text()).get("base")
+        base = str((folder / named).resolve()) if named else None
+    try:
+        model = FAMILIES[config.model_type].load(path, device, dtype, base)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    if adapter is not None:
+        attach_adapter(model, adapter)
+    return model
+
+
+def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -> None:
+    """Load a PEFT adapter onto the model. Raises ModelError where it was made for another model."""
+    from peft import PeftModel
+
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{adapter} is no adapter: it needs adapter_config.json and adapter_model.safetensors (checkpoints keep theirs in <checkpoint>/adapter).")
+    try:
+        model.thinker = PeftModel.from_pretrained(model.thinker, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{adapter} was made for another model than {model.path}: {str(error).strip().splitlines()[0]}") from None
+    check_adapter_names(model, folder)
+    model.adapter = str(adapter)
+
+
+def check_adapter_names(model: AVLLM, folder: Path) -> None:
+    """PEFT ignores adapter weights whose module does not exist; an adapter that silently does less than it should is refused."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    have = {name.replace(".default", "") for name, _ in model.thinker.named_parameters() if "lora_" in name}
+    if names != have:
+        odd = sorted(names ^ have)[0]
+        raise ModelError(f"{folder} was made for another model than {model.path}: {len(names ^ have)} of its weights do not match, e.g. {odd}.")

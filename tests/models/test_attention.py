@@ -1,0 +1,185 @@
+"""Cuts and taps against a written-out reference, and the self-check against models whose cuts do nothing."""
+
+import itertools
+
+import pytest
+import torch
+
+from models import SITES, Cut, CutError, Kind, Media, self_check
+from models.attention import IMPLEMENTATION, Instruments
+from tests.models import reference
+
+HEAR = "What do you hear?"
+SITES_AND_WINDOWS = [(site, start, stop) for site in SITES for start, stop in ((0, 1), (1, 3), (0, 3))]
+
+
+def batch_of(tiny, media):
+    """Ragged on purpose: one clip has twice the sound, one has no picture."""
+    return tiny.batch(
+        [
+            tiny.sequence(media[0], HEAR, "I hear a dog barking.", "a dog barking"),
+            tiny.sequence(media[1], "What sound is this?", "I hear a cat meowing.", "a cat meowing"),
+            tiny.sequence(Media(None, media[2].audio), HEAR, "I hear a cow mooing.", "a cow mooing"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("site", "start", "stop"), SITES_AND_WINDOWS)
+def test_cut_equals_reference(tiny, media, site, start, stop):
+    batch = batch_of(tiny, media)
+    cuts = [(Cut.at(site, start, stop),)] * 3
+    states, _, _ = reference.forward(tiny, batch, cuts)
+    rows = batch.inputs["rows"]
+    expected = tiny.head(torch.gather(states, 1, rows[..., None].expand(-1, -1, states.shape[-1])))
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.forward(batch, cuts), expected, atol=1e-5, rtol=0)
+
+
+def test_each_row_has_its_own_cuts(tiny, media):
+    batch = batch_of(tiny, media)
+    cuts = [(Cut.at("video->emitters", 0, 3),), (), (Cut.at("audio->question", 1, 2), Cut.at("audio->emitters", 0, 1))]
+    states, _, _ = reference.forward(tiny, batch, cuts)
+    rows = batch.inputs["rows"]
+    expected = tiny.head(torch.gather(states, 1, rows[..., None].expand(-1, -1, states.shape[-1])))
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.forward(batch, cuts), expected, atol=1e-5, rtol=0)
+
+
+def test_empty_cut_is_exactly_no_cut(tiny, media):
+    batch = batch_of(tiny, media)
+    with torch.no_grad():
+        assert torch.equal(tiny.forward(batch), tiny.forward(batch, [()] * 3))
+
+
+@pytest.mark.parametrize(("site", "start", "stop"), SITES_AND_WINDOWS)
+def test_prefill_and_extend_equal_one_pass(tiny, media, site, start, stop):
+    cut = (Cut.at(site, start, stop),)
+    questions = [HEAR, "What sound is this?", "What do you see?"]
+    batch = tiny.batch([tiny.sequence(m, q, "I hear a dog barking.", "a dog barking") for m, q in zip(media, questions, strict=True)])
+    prefix = tiny.prefill(media, [cut] * 3 if cut[0].cuts_media else None)
+    which = [2, 0, 1, 0]
+    out = tiny.extend(prefix, which, [tiny.suffix(questions[w], "I hear a dog barking.", "a dog barking") for w in which], [cut] * 4)
+    with torch.no_grad():
+        expected = tiny.forward(batch, [cut] * 3)[which]
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_media_cut_without_its_prefix_is_refused(tiny, media):
+    prefix = tiny.prefill(media[:1])
+    with pytest.raises(CutError, match="prefill"):
+        tiny.extend(prefix, [0], [tiny.suffix(HEAR)], [(Cut.at("video->audio", 0, 3),)])
+    with pytest.raises(CutError, match="layers"):
+        tiny.extend(prefix, [0], [tiny.suffix(HEAR)], [(Cut.at("video->emitters", 0, 4),)])
+
+
+@pytest.mark.parametrize("site", ["video->emitters", "audio->question+emitters", "video->audio"])
+def test_greedy_decoding_under_a_cut_equals_repeated_full_passes(tiny, media, site):
+    cut = (Cut.at(site, 0, 2),)
+    prefix = tiny.prefill(media, [cut] * 3 if cut[0].cuts_media else None)
+    got = tiny.generate_ids(prefix, [0, 1, 2], [HEAR, "What sound is this?", HEAR], [cut] * 3, max_new_tokens=5)
+    for i, q in enumerate([HEAR, "What sound is this?", HEAR]):
+        layout, suffix = tiny.layout(media[i]), tiny.suffix(q)
+        said: list[int] = []
+        for _ in range(5):
+            batch = tiny.batch([tiny.sequence(media[i], q, "x")])
+            ids = torch.cat([layout.ids, suffix.ids, torch.tensor(said, dtype=torch.long)])
+            kinds = torch.cat([layout.kinds, suffix.kinds, torch.full((len(said),), int(Kind.EMITTER))])
+            extra = torch.arange(len(ids) - len(layout.ids)) + int(layout.positions.max()) + 1
+            batch.kinds = kinds[None]
+            batch.inputs.update(
+                input_ids=ids[None],
+                media_mask=tiny.is_media(ids)[None],
+                position_ids=torch.cat([layout.positions, extra.expand(3, -1)], 1)[:, None],
+            )
+            states, _, _ = reference.forward(tiny, batch, [cut])
+            said.append(int(tiny.head(states[0, -1]).argmax()))
+        assert got[i] == (said[: said.index(tiny.end_id)] if tiny.end_id in said else said)
+
+
+def test_flow_equals_reference(tiny, media):
+    questions = [HEAR, "What do you see?", HEAR]
+    answer = "I hear a dog barking."
+    prefix = tiny.prefill(media)
+    out = tiny.extend(prefix, [0, 1, 2], [tiny.suffix(q, answer) for q in questions], flow=True)
+    batch = tiny.batch([tiny.sequence(m, q, answer) for m, q in zip(media, questions, strict=True)])
+    _, states, weights = reference.forward(tiny, batch, [()] * 3)
+    for layer, item, (t, target) in itertools.product(range(3), range(3), enumerate((Kind.QUESTION, Kind.EMITTER))):
+        kinds = batch.kinds[item]
+        attention = tiny.text_model.layers[layer].self_attn
+        h = tiny.text_model.layers[layer].input_layernorm(states[layer][item])
+        values = attention.v_proj(h).view(len(kinds), -1, attention.head_dim).norm(dim=-1).repeat_interleave(2, 1)  # (T, heads)
+        rows = [r for r in range(len(kinds)) if kinds[r] == target]
+        for variant in range(3):
+            mass = torch.zeros(6)
+            for row in rows:
+                for head in range(4):
+                    w = weights[layer][item, head, row].clone()
+                    if variant == 1:
+                        w[0] = 0
+                    if variant == 2:
+                        w = w * values[:, head]
+                    w = w / w.sum()
+                    for kind in Kind:
+                        mass[kind] += w[kinds == kind].sum() / len(rows) / 4
+            torch.testing.assert_close(out.flow[variant, layer, item, t], mass, atol=1e-5, rtol=0)
+
+
+def test_hidden_states_are_those_of_the_reference(tiny, media):
+    batch = tiny.batch([tiny.sequence(media[0], HEAR, "I hear a dog barking.")])
+    normed, states, _ = reference.forward(tiny, batch, [()])
+    prefix = tiny.prefill(media[:1], hidden=True)
+    out = tiny.extend(prefix, [0], [tiny.suffix(HEAR, "I hear a dog barking.")], hidden=True)
+    for layer, state in enumerate(states):
+        whole = torch.cat([prefix.hidden[layer], out.hidden[layer]], 1)
+        torch.testing.assert_close(whole, state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tiny.lens(out.hidden[-1]), tiny.head(normed[:, prefix.kinds.shape[1] :]), atol=1e-5, rtol=0)
+
+
+def test_cuts_survive_gradient_checkpointing(tiny, media):
+    batch, cuts = batch_of(tiny, media), [(Cut.at("video->emitters", 0, 3),)] * 3
+    weight = tiny.text_model.layers[0].self_attn.q_proj.weight
+    tiny.thinker.train()
+    plain = torch.autograd.grad(tiny.forward(batch, cuts).square().sum(), weight)[0]
+    uncut = torch.autograd.grad(tiny.forward(batch).square().sum(), weight)[0]
+    tiny.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = torch.autograd.grad(tiny.forward(batch, cuts).square().sum(), weight)[0]
+    tiny.text_model.gradient_checkpointing_disable()
+    tiny.thinker.eval()
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+    assert (uncut - plain).abs().max() > 1e-3
+
+
+def test_self_check_passes(tiny, media):
+    self_check(tiny, media[0], HEAR)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_self_check_catches_attention_that_ignores_cuts(tiny, media, implementation):
+    tiny.thinker.set_attn_implementation({"text_config": implementation})
+    try:
+        with pytest.raises((CutError, TypeError)):
+            self_check(tiny, media[0], HEAR)
+    finally:
+        tiny.thinker.set_attn_implementation({"text_config": IMPLEMENTATION})
+
+
+def test_self_check_catches_a_cut_that_does_nothing(tiny, media, monkeypatch):
+    monkeypatch.setattr(Instruments, "blocked", lambda *_: None)
+    with pytest.raises(CutError, match="nothing|rows|changed"):
+        self_check(tiny, media[0], HEAR)
+
+
+def test_self_check_needs_sound(tiny, media):
+    with pytest.raises(CutError, match="audio"):
+        self_check(tiny, Media(media[0].video, None), HEAR)
+
+
+def test_bad_cuts():
+    with pytest.raises(CutError, match="themselves"):
+        Cut((Kind.VIDEO,), (Kind.VIDEO,), 0, 1)
+    with pytest.raises(CutError, match="layers"):
+        Cut.at("video->emitters", 2, 2)
+    with pytest.raises(CutError, match="sites"):
+        Cut.at("video->nowhere", 0, 1)
+    for site in SITES:
+        assert Cut.at(site, 0, 1).site == site

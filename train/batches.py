@@ -1,0 +1,187 @@
+"""What one step trains on: which clips and questions, what the frozen teacher says to them, and everything as tensors.
+
+A step is a pure function of (seed, step), so a resumed run needs no iterator's state. Its unit is a group of 4 clips with a see- and a hear-question
+each: the four cells of a grid, or four factual clips. Processes and accumulation take equally large shares of the same groups.
+
+    groups = sample_step(clips, config, plan, step)
+    micro = make_micro(model, share(groups, rank, world, part, parts), clips.root, plan, answers, max_new_tokens=24)
+    terms = loss_terms(decoder(**micro.batch.inputs), micro)
+
+A sequence that several terms ask for (the teacher's own answer is often the true one) goes through the student once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.clips import Clip, Clips, DataError
+from data.questions import QUESTIONS, answer
+from models import AVLLM, Cut, Kind
+from models.avllm import Batch, Example, Suffix
+from train.config import Config
+from train.objective import IGNORED, counterfactual_ce, knockout_distillation, retention
+from train.plan import Plan, parse_cut
+
+MODALITIES: tuple[Literal["hear", "see"], ...] = ("hear", "see")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question about one clip."""
+
+    clip: Clip
+    modality: Literal["hear", "see"]
+    question: str
+
+
+@dataclass
+class Micro:
+    """One forward and backward pass. rows[term]: the rows of `batch` that the term looks at; teacher[term]: logits (answers, tokens, vocabulary)."""
+
+    batch: Batch
+    rows: dict[str, list[int]]
+    teacher: dict[str, Tensor]
+
+
+Answers = dict[tuple[str, str, str], list[int]]  # (clip id, question, cut or "") -> the frozen model's greedy answer, token ids
+
+
+def training_clips(clips: Clips, train_on: Literal["grids", "factual"]) -> list[Clip]:
+    """Every clip that training may see. Raises DataError where there are too few."""
+    found = clips.select("train", "factual")
+    if train_on == "grids":
+        by_id = clips.by_id()
+        cells = [cell for g in clips.grids if g.split == "train" for cell in (g.oo, g.ox, g.xo, g.xx)]
+        found = [by_id[cell] for cell in dict.fromkeys(cells)]
+    if len(found) < 4:
+        raise DataError(f"{clips.root}: the train split has {len(found)} clips to train on with data.train_on {train_on}; at least 4 are needed.")
+    return found
+
+
+def sample_step(clips: Clips, config: Config, plan: Plan, step: int) -> list[list[Ask]]:
+    """The groups of one step, the same for every process. Grids are drawn by the mean weight of their two sounds' classes (plan.class_weights)."""
+    rng = np.random.default_rng([config.run.seed, step])
+    groups: list[list[Clip]]
+    if config.data.train_on == "factual":
+        factual = clips.select("train", "factual")
+        chosen = rng.choice(len(factual), size=4 * config.schedule.grids, replace=len(factual) < 4 * config.schedule.grids)
+        groups = [[factual[i] for i in chosen[at : at + 4]] for at in range(0, len(chosen), 4)]
+    else:
+        by_id, grids = clips.by_id(), [g for g in clips.grids if g.split == "train"]
+        weight = plan.class_weights.value
+        share_of = np.array([weight.get(by_id[g.oo].heard, 1.0) + weight.get(by_id[g.xx].heard, 1.0) for g in grids])
+        size = config.schedule.grids
+        chosen = rng.choice(len(grids), size=size, replace=len(grids) < size, p=share_of / share_of.sum())
+        groups = [[by_id[cell] for cell in (grids[i].oo, grids[i].ox, grids[i].xo, grids[i].xx)] for i in chosen]
+    return [
+        [Ask(clip, modality, QUESTIONS[modality][rng.integers(len(QUESTIONS[modality]))]) for clip in group for modality in MODALITIES]
+        for group in groups
+    ]
+
+
+def share(groups: Sequence[list[Ask]], rank: int, world: int, part: int, parts: int) -> list[Ask]:
+    """What process `rank` of `world` does in accumulation part `part` of `parts`. Raises DataError unless the shares are equally large."""
+    size, rest = divmod(len(groups), world * parts)
+    if rest:
+        raise DataError(
+            f"schedule.grids is {len(groups)}, which {world} processes with schedule.accumulate {parts} cannot share equally: use a multiple of {world * parts}."
+        )
+    at = (rank * parts + part) * size
+    return [ask for group in groups[at : at + size] for ask in group]
+
+
+def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers, max_new_tokens: int) -> Micro:
+    """Sequences and teacher logits for these questions. `answers` is what the frozen model was heard to say so far; new answers are added to it.
+
+    distillation: hear-questions under the teacher cut. mirror: see-questions under the mirror cut. retention: both, on factual clips, uncut.
+    The teacher is the model with its adapter off, in evaluation mode, without gradients.
+    """
+    weights = plan.weights()
+    taught: list[tuple[str, Ask, str]] = []  # term, question, cut
+    for ask in asks:
+        if ask.modality == "hear" and "distillation" in weights:
+            taught.append(("distillation", ask, plan.teacher_cut.value))
+        if ask.modality == "see" and "mirror" in weights:
+            taught.append(("mirror", ask, plan.mirror_cut.value))
+        if ask.clip.condition == "factual" and "retention" in weights:
+            taught.append(("retention", ask, ""))
+
+    sequences: dict[tuple[str, str, tuple[int, ...]], Example] = {}
+    rows: dict[str, list[int]] = {term: [] for term in weights}
+
+    def row(ask: Ask, suffix: Suffix) -> int:
+        key = (ask.clip.id, ask.question, tuple(suffix.ids.tolist()))
+        sequences.setdefault(key, Example(model.media(ask.clip, root), suffix))
+        return list(sequences).index(key)
+
+    if "counterfactual_ce" in weights:
+        for ask in asks:
+            text, span = answer(ask.modality, ask.clip.seen, ask.clip.heard)
+            rows["counterfactual_ce"].append(row(ask, model.suffix(ask.question, text, span)))
+    teacher: dict[str, Tensor] = {}
+    if taught:
+        suffixes, logits = _teach(model, [(ask, cut) for _, ask, cut in taught], root, answers, max_new_tokens)
+        for (term, ask, _), suffix in zip(taught, suffixes, strict=True):
+            rows[term].append(row(ask, suffix))
+        for term in rows:
+            if index := [i for i, (name, _, _) in enumerate(taught) if name == term]:
+                teacher[term] = logits[index]
+    return Micro(model.batch(list(sequences.values())), rows, teacher)
+
+
+def loss_terms(logits: Tensor, micro: Micro) -> dict[str, Tensor]:
+    """Each term of train/objective.py on the student's logits (rows, tokens, vocabulary)."""
+    terms = {}
+    for term, rows in micro.rows.items():
+        student, targets = logits[rows], micro.batch.targets[rows]
+        if term == "counterfactual_ce":
+            terms[term] = counterfactual_ce(student, targets)
+        else:
+            said = micro.teacher[term]
+            student, mask = student[:, : said.shape[1]], targets[:, : said.shape[1]] != IGNORED
+            terms[term] = retention(said, student, mask) if term == "retention" else knockout_distillation(said, student, mask)
+    return terms
+
+
+@torch.no_grad()
+def _teach(
+    model: AVLLM, wanted: Sequence[tuple[Ask, str]], root: Path, answers: Answers, max_new_tokens: int
+) -> tuple[list[Suffix], Tensor]:
+    """The frozen model's own answers under each cut ("" for none), and its logits (N, tokens, vocabulary) at their emitters."""
+    cuts: list[tuple[Cut, ...]] = [(parse_cut(cut),) if cut else () for _, cut in wanted]
+    into_media = [tuple(c for c in cut if c.cuts_media) for cut in cuts]  # those change the prefix, so they need one of their own
+    prefixes: dict[tuple[str, tuple[Cut, ...]], Clip] = {}
+    for (ask, _), cut in zip(wanted, into_media, strict=True):
+        prefixes[ask.clip.id, cut] = ask.clip
+    order = {key: i for i, key in enumerate(prefixes)}
+    which = [order[ask.clip.id, cut] for (ask, _), cut in zip(wanted, into_media, strict=True)]
+    was_training = model.decoder.training
+    model.decoder.eval()
+    try:
+        with model.adapter_off():
+            prefix = model.prefill([model.media(clip, root) for clip in prefixes.values()], [cut for _, cut in prefixes])
+            new = {(ask.clip.id, ask.question, cut): i for i, (ask, cut) in enumerate(wanted) if (ask.clip.id, ask.question, cut) not in answers}
+            if new:
+                at = list(new.values())
+                said = model.generate_ids(prefix, [which[i] for i in at], [wanted[i][0].question for i in at], [cuts[i] for i in at], max_new_tokens)
+                answers.update(zip(new, said, strict=True))
+            suffixes = [_own_answer(model, ask.question, answers[ask.clip.id, ask.question, cut], max_new_tokens) for ask, cut in wanted]
+            return suffixes, model.extend(prefix, which, suffixes, cuts).logits
+    finally:
+        model.decoder.train(was_training)
+
+
+def _own_answer(model: AVLLM, question: str, ids: list[int], max_new_tokens: int) -> Suffix:
+    """Question rows followed by an answer given as tokens. The end token closes it unless it was cut off at `max_new_tokens`."""
+    start = model.suffix(question)
+    said = torch.tensor(ids if len(ids) == max_new_tokens else [*ids, model.end_id])
+    kinds = torch.full_like(said, int(Kind.EMITTER))
+    kinds[-1] = int(Kind.QUESTION)
+    return Suffix(torch.cat([start.ids, said]), torch.cat([start.kinds, kinds]), start.first, said, torch.zeros(len(said), dtype=torch.bool))

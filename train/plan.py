@@ -1,0 +1,343 @@
+"""From findings to what training does: every choice with the numbers it came from.
+
+    plan = make_plan(Findings.load("runs/x/findings/plan.json"), config)
+    plan.save("runs/x/plan.json")
+    show(plan)
+
+A setting in the configuration overrides the choice of the same name (`overridden` is then true, and `because` says what would have been chosen from
+the findings where that could be told). Nothing here looks at the test split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis.findings import CutEffect, Estimate, Findings
+from models.attention import Cut
+from train.config import CUT_PATTERN, Config
+from train.files import write_json
+
+HARMLESS_RATE = 0.02  # a teacher cut may cost this share of right answers on factual clips
+HARMLESS_LOGPROB = 0.1  # or this many nats a label token, where only scores were measured
+TIE = 0.01  # cuts whose recovery differs by less count as equally good
+NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual clips is no bias
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
+GRIDS_PER_GAP = 600  # grids for a gap of 100 points
+LEAST_GRIDS = 200
+
+
+class PlanError(ValueError):
+    """Findings that no plan follows from. The message says why and what can be done."""
+
+
+@dataclass
+class Choice:
+    """One decision. `value` is plain JSON; `because` is a sentence with the numbers; `overridden`: taken from the configuration instead."""
+
+    value: Any
+    because: str
+    overridden: bool = False
+
+
+@dataclass
+class Plan:
+    """What training will do. Cuts are written `site start:stop` (layers [start, stop)); windows are [start, stop)."""
+
+    fusion_window: Choice
+    teacher_cut: Choice
+    mirror_cut: Choice
+    lora_layers: Choice
+    lora_projections: Choice
+    counterfactual_ce: Choice
+    distillation: Choice
+    mirror: Choice
+    retention: Choice
+    class_weights: Choice
+    steps: Choice
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss term that is on."""
+        terms = {name: getattr(self, name).value for name in ("counterfactual_ce", "distillation", "mirror", "retention")}
+        return {name: weight for name, weight in terms.items() if weight > 0}
+
+    def save(self, path: str | Path) -> None:
+        """Write plan.json atomically."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read plan.json. Raises PlanError naming the file if it is not one."""
+        try:
+            raw = json.loads(Path(path).read_text())
+            return cls(**{name: Choice(**choice) for name, choice in raw.items()})
+        except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is not a plan of this version ({error}). Delete it and it is made again from the findings.") from None
+
+
+def parse_cut(text: str) -> Cut:
+    """`video->emitters 4:8` as a Cut. Raises PlanError / CutError for a text or a site that is none."""
+    match = CUT_PATTERN.match(text)
+    if match is None:
+        raise PlanError(f"{text!r} is no cut: write `site start:stop`.")
+    return Cut.at(match["site"], int(match["start"]), int(match["stop"]))
+
+
+def make_plan(findings: Findings, config: Config) -> Plan:
+    """Turn findings on the plan split into a plan. Raises PlanError where they show no bias, or no cut that a teacher could be made of."""
+    if findings.split in ("test", "unseen"):
+        raise PlanError(f"These findings are of the {findings.split} split. A plan made from it would be graded on what it was chosen on: diagnose the plan split.")
+    n_layers, loss = findings.n_layers, config.loss
+    hear, hear_factual = _rate(findings, "counterfactual", "hear"), _rate(findings, "factual", "hear")
+    see, see_factual = _rate(findings, "counterfactual", "see"), _rate(findings, "factual", "see")
+    _require_bias(findings, config, hear, hear_factual, see, see_factual)
+    gap_hear, gap_see = 1 - hear, 1 - see
+
+    teacher = _cut_choice(findings, "video", "hear", hear, hear_factual, loss.teacher_cut, n_layers)
+    if teacher.value is None and loss.distillation != 0:
+        raise PlanError(
+            f"No cut makes a teacher for hear-questions: {teacher.because} Look at the knockout curves in the findings, name a cut yourself "
+            '(--loss.teacher-cut "video->emitters 4:8"), or train on labels alone (--loss.distillation 0).'
+        )
+    mirror = _cut_choice(findings, "audio", "see", see, see_factual, loss.mirror_cut, n_layers)
+    if mirror.value is None and loss.mirror:
+        raise PlanError(f"loss.mirror is {loss.mirror}, but no cut makes a teacher for see-questions: {mirror.because} Name one (--loss.mirror-cut) or leave loss.mirror out.")
+
+    fusion = _fusion_window(findings, teacher)
+    layers = _lora_layers(fusion, teacher, mirror, n_layers, config.lora.layers)
+    projections = _lora_projections(findings, teacher, config.lora.projections)
+    total_gap = gap_hear + gap_see
+    gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
+    distillation, mirrored = (min(1.5, max(0.5, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
+    if config.data.train_on == "factual":
+        ce = Choice(0.0, "Only factual clips are trained on, where the picture alone gives the right answer: cross-entropy there would teach nothing about listening.")
+    else:
+        ce = Choice(1.0, "The unit that the other weights are relative to.")
+    grids = max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap)
+    step_count = 10 * math.ceil(grids / config.schedule.grids / 10)
+    return Plan(
+        fusion_window=fusion,
+        teacher_cut=teacher,
+        mirror_cut=mirror,
+        lora_layers=layers,
+        lora_projections=projections,
+        counterfactual_ce=_overridable(ce, loss.counterfactual_ce),
+        distillation=_overridable(
+            Choice(round(distillation, 2), f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5.")
+            if teacher.value is not None
+            else Choice(0.0, "There is no teacher cut."),
+            loss.distillation,
+        ),
+        mirror=_overridable(
+            Choice(round(mirrored, 2), f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5.")
+            if mirror.value is not None
+            else Choice(0.0, f"There is no mirror cut: {mirror.because}"),
+            loss.mirror,
+        ),
+        retention=_overridable(
+            Choice(1.0, f"On factual clips {_percent(hear_factual)} of hear- and {_percent(see_factual)} of see-questions are right, which is to stay."),
+            loss.retention,
+        ),
+        class_weights=_class_weights(findings, config),
+        steps=_overridable(
+            Choice(step_count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids a 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} grids a step."),
+            config.schedule.steps,
+        ),
+    )
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print the plan as a table."""
+    table = Table(title="Plan", title_justify="left", show_lines=False)
+    for heading in ("choice", "value", "because"):
+        table.add_column(heading, overflow="fold")
+    for item in dataclasses.fields(plan):
+        choice: Choice = getattr(plan, item.name)
+        value = choice.value
+        if item.name == "class_weights" and value:
+            value = f"{min(value.values())} to {max(value.values())} over {len(value)} classes"
+        text = " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+        table.add_row(item.name.replace("_", " "), text, choice.because)
+    (console or Console()).print(table)
+
+
+# ---------------------------------------------------------------- the choices
+
+
+def _require_bias(findings: Findings, config: Config, hear: float, hear_factual: float, see: float, see_factual: float) -> None:
+    if hear_factual - hear > NO_BIAS or see_factual - see > NO_BIAS or not config.loss.require_bias:
+        return
+    raise PlanError(
+        f"The findings show no bias in {findings.model}: right on hear-questions {_percent(hear)} with conflicting streams against {_percent(hear_factual)} on factual clips, "
+        f"on see-questions {_percent(see)} against {_percent(see_factual)}. There is nothing to mend. "
+        "If it fails elsewhere, diagnose it on clips of that kind (--data.clips); to train all the same, --no-loss.require-bias."
+    )
+
+
+def _cut_choice(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float, override: str | None, n_layers: int) -> Choice:
+    """The cut of `source` under which the other stream is named most often on counterfactual clips without harm on factual ones. None if there is none."""
+    found = _best_cut(findings, source, question, uncut, uncut_factual)
+    if override is None:
+        return found
+    cut = parse_cut(override)
+    if cut.stop > n_layers:
+        raise PlanError(f"The cut {override!r} goes up to layer {cut.stop}, but {findings.model} has {n_layers} layers.")
+    return Choice(override, f"Set in the configuration. From the findings: {found.value or 'none'}. {found.because}", overridden=True)
+
+
+def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float) -> Choice:
+    wanted, stream = ("audio", "sound") if source == "video" else ("vision", "picture")
+    rows = [e for e in findings.knockout if e.site.startswith(f"{source}->") and e.question == question]
+    factual = {_name(e): e for e in rows if e.condition == "factual"}
+    conflicts = [e for e in rows if e.condition == "counterfactual"]
+    by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts)
+    tried, helping, harmless = 0, [], []
+    for effect in conflicts:
+        measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin or effect.delta_logprob
+        if measured is None or measured.value is None or measured.low is None:
+            continue
+        tried += 1
+        if measured.low <= (uncut if by_rate else 0.0):
+            continue
+        helping.append((measured.value, effect))
+        beside = factual.get(_name(effect))
+        if beside is not None and _harm(beside, uncut_factual)[0]:
+            harmless.append((measured.value, effect, _harm(beside, uncut_factual)[1]))
+    if not tried:
+        return Choice(None, f"no cut of {source} was measured on {question}-questions about counterfactual clips.")
+    if not harmless:
+        if helping:
+            return Choice(None, f"of {tried} cuts of {source} {len(helping)} help, but each harms factual clips or was not measured on them.")
+        return Choice(None, f"none of {tried} cuts of {source} raises the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
+    top = max(value for value, _, _ in harmless)
+    value, effect, harm = max((h for h in harmless if h[0] >= top - TIE), key=lambda h: (_value(h[1].delta_logprob) or 0.0, h[1].start - h[1].stop, h[0]))
+    if by_rate:
+        rate = getattr(effect, wanted)
+        numbers = f"the true {stream} is named in {_percent(value)} of conflicts ({_percent(rate.low)} to {_percent(rate.high)}, n {rate.n}), uncut {_percent(uncut)}"
+    else:
+        numbers = f"it raises the margin of the true {stream} by {value:.2f} nats a token"
+    others = f"the best of {len(harmless)} harmless cuts among {tried} measured"
+    return Choice(_name(effect), f"With {source} cut there {numbers}; on factual clips {harm}: {others}.")
+
+
+def _harm(factual: CutEffect, uncut: float) -> tuple[bool, str]:
+    """Whether a cut leaves factual clips as they were, and the numbers. On factual clips `audio` counts right answers (findings.Following)."""
+    rate = _value(factual.audio)
+    if rate is not None:
+        return uncut - rate <= HARMLESS_RATE, f"{_percent(rate)} are right, uncut {_percent(uncut)}"
+    change = _value(factual.delta_logprob)
+    if change is None:
+        return False, "nothing was measured"
+    return change >= -HARMLESS_LOGPROB, f"log p of the answer changes by {change:+.2f} nats a token"
+
+
+def _fusion_window(findings: Findings, teacher: Choice) -> Choice:
+    """Layers inside windows where cutting video -> question+emitters raises log p of the true sound with the interval above 0."""
+    windows = [
+        e
+        for e in findings.knockout
+        if (e.site, e.family, e.condition, e.question) == ("video->question+emitters", "window", "counterfactual", "hear") and e.delta_logprob.low is not None
+    ]
+    raising = [e for e in windows if e.delta_logprob.low is not None and e.delta_logprob.low > 0]
+    if raising:
+        start, stop = min(e.start for e in raising), max(e.stop for e in raising)
+        top = max(raising, key=lambda e: e.delta_logprob.value or 0.0)
+        return Choice(
+            [start, stop],
+            f"{len(raising)} of {len(windows)} windows raise log p of the true sound with the interval above 0 when video is cut from question and emitters, "
+            f"most in layers {top.start}:{top.stop} (+{top.delta_logprob.value:.2f} nats a token).",
+        )
+    if teacher.value is None:
+        return Choice(None, "No window was measured or none raises log p of the true sound, and there is no teacher cut to go by.")
+    cut = parse_cut(teacher.value)
+    why = "No window was measured" if not windows else f"None of {len(windows)} windows raises log p of the true sound on its own"
+    return Choice([cut.start, cut.stop], f"{why}, so the layers of the teacher cut stand in.")
+
+
+def _lora_layers(fusion: Choice, teacher: Choice, mirror: Choice, n_layers: int, override: tuple[int, ...] | None) -> Choice:
+    """From the first to the last layer that the fusion window or one of the cuts names."""
+    named = {"fusion window": fusion.value}
+    for name, choice in (("teacher cut", teacher), ("mirror cut", mirror)):
+        named[name] = [parse_cut(choice.value).start, parse_cut(choice.value).stop] if choice.value else None
+    spans = {name: span for name, span in named.items() if span}
+    if spans:
+        start, stop = min(s[0] for s in spans.values()), max(s[1] for s in spans.values())
+        told = ", ".join(f"{name} {span[0]}:{span[1]}" for name, span in spans.items())
+        found = Choice(list(range(start, stop)), f"Where the streams meet the answer: {told}, of {n_layers} layers.")
+    else:
+        found = Choice(list(range(n_layers)), "No layers stand out in the findings, so all.")
+    if override is not None and (wrong := [layer for layer in override if not 0 <= layer < n_layers]):
+        raise PlanError(f"lora.layers names {wrong}, but the model has layers 0 to {n_layers - 1}.")
+    return _overridable(found, sorted(set(override)) if override is not None else None)
+
+
+def _lora_projections(findings: Findings, teacher: Choice, override: tuple[str, ...] | None) -> Choice:
+    """Attention projections; the MLP too where shutting attention paths recovers too little."""
+    effects = [e for e in findings.knockout if _name(e) == teacher.value and (e.condition, e.question) == ("counterfactual", "hear")]
+    rate = _value(effects[0].audio) if effects else None
+    if rate is not None and rate >= ATTENTION_SUFFICES:
+        found = Choice(ATTENTION, f"Shutting attention paths alone brings audio-following to {_percent(rate)}, so changing what is attended to is enough.")
+    elif rate is not None:
+        found = Choice(ATTENTION + MLP, f"Shutting attention paths brings audio-following to {_percent(rate)} only, so what is made of the sound has to change too.")
+    else:
+        found = Choice(ATTENTION, "What is attended to is what has to change; no answer rate under the teacher cut says that it is not enough.")
+    return _overridable(found, list(override) if override is not None else None)
+
+
+def _class_weights(findings: Findings, config: Config) -> Choice:
+    """How often a class is drawn: more where its sound is not named on conflicts. Failure rates are shrunk to the mean by two pseudo-clips."""
+    if config.data.train_on == "factual":
+        return Choice({}, "All classes alike: drawing by class would use labels.")
+    asked = [s for s in findings.samples if (s.condition, s.modality) == ("counterfactual", "hear")]
+    count, failed = Counter(s.heard for s in asked), Counter(s.heard for s in asked if s.verdict != "audio")
+    mean = len([s for s in asked if s.verdict != "audio"]) / len(asked) if asked else 0.0
+    if len(asked) < 2 * len(count) or not mean:
+        return Choice({}, f"All classes alike: {len(asked)} conflict samples of {len(count)} classes say too little about single classes.")
+    rates = {name: (failed[name] + 2 * mean) / (count[name] + 2) for name in sorted(count)}
+    weights = {name: round(0.5 + 0.5 * rate / mean, 2) for name, rate in rates.items()}
+    worst = max(rates, key=lambda name: rates[name])
+    return Choice(weights, f"{_sentence(f'on {len(asked)} conflicts {_percent(mean)} of sounds are not named, most often {worst!r}')} Weight ½ + ½ failure / mean failure.")
+
+
+# ---------------------------------------------------------------- small helpers
+
+
+def _overridable(found: Choice, override: Any) -> Choice:
+    return found if override is None else Choice(override, f"Set in the configuration. From the findings: {found.value}. {found.because}", overridden=True)
+
+
+def _rate(findings: Findings, condition: str, question: str) -> float:
+    row = findings.following_rate(condition, question)
+    if row is None or row.correct.value is None:
+        raise PlanError(f"The findings have no following rates for {question}-questions on {condition} clips, which every choice is measured against. Diagnose with them.")
+    return row.correct.value
+
+
+def _name(effect: CutEffect) -> str:
+    return f"{effect.site} {effect.start}:{effect.stop}"
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.0f} points"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
