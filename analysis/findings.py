@@ -119,7 +119,10 @@ class Lens:
 
 @dataclass
 class Latent:
-    """Latent audio understanding: control-corrected lens hit rate at audio positions, layer chosen on one half, reported on the other; beside what is said aloud."""
+    """Latent audio understanding: control-corrected lens hit rate at audio positions, layer chosen on one half, reported on the other.
+
+    `said`: the same clips' rate of answers that say it aloud.
+    """
 
     layer: int
     latent: Estimate

@@ -56,11 +56,11 @@ def percent(estimate: Estimate | None, signed: bool = False) -> str:
 
 
 def number(estimate: Estimate | None, signed: bool = False) -> str:
-    """A number as `0.83 (0.79 to 0.86)`."""
+    """A number as `0.83 (0.79, 0.86)`; signed as `+0.83 (0.79, 0.86)`."""
     if estimate is None or estimate.value is None:
         return "–"
     sign = "+" if signed else ""
-    bounds = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:{sign}.2f} to {estimate.high:{sign}.2f})"
+    bounds = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.2f}, {estimate.high:.2f})"
     return f"{estimate.value:{sign}.2f}{bounds}".replace("-", "−")
 
 
@@ -119,13 +119,12 @@ def findings_tables(findings: Findings) -> list[Table]:
         table.caption = "Sound / picture moves: change of the margin in nats a token when that stream alone is swapped."
         tables.append(table)
     if cuts := best_cuts(findings.knockout):
-        table = _table(
-            "Strongest cut per site (conflicts, asked what it hears)", "cut", "layers", "names the sound", "names the picture", "log p", "n (sources)"
-        )
+        table = _table("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "names the sound", "names the picture", "log p")
         for c in cuts:
             rates = (percent(c.audio), percent(c.vision))
-            table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, number(c.delta_logprob, True), counted(c.delta_logprob))
-        table.caption = "log p: change of the true sound's log-likelihood a token. Strongest on these clips."
+            table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, number(c.delta_logprob, True))
+        counts = " to ".join(sorted({counted(c.delta_logprob) for c in cuts}))
+        table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
         tables.append(table)
     if findings.probes:
         table = _table("Linear probes: what can be read from inside", "label of", "read at", "best layer", "accuracy", "best control", "selectivity")
@@ -198,7 +197,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             table = _table(title, "row", "before", "after", "n (sources)")
             for c in strongest.values():
                 about = f"asked about {QUESTIONS[c.question]}" if section == "reliance" and c.question else ""
-                where = ", ".join(part for part in (words(c.item, TOKENS), words(c.condition, CONDITIONS), about) if part)
+                item = _CUT.sub(lambda m: f"{cut_name(m[1])}, layers {layers(int(m[2]), int(m[3]))}", c.item)
+                clips = "" if section == "knockout" else words(c.condition, CONDITIONS)
+                where = ", ".join(part for part in (words(item, TOKENS), clips, about) if part)
                 table.add_row(
                     where or {"latent": "understood inside", "said": "said aloud"}[c.measure], show(c.before), show(c.after), counted(c.after)
                 )
@@ -216,6 +217,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 _STEM = re.compile(r" \[\d+, \d+\) \w+$|, layer \d+$")  # "video->audio [2, 5) window" -> "video->audio"
 
+_CUT = re.compile(r"(\S+->\S+) \[(\d+), (\d+)\) \w+$")
+
 
 def _gain(estimate: Estimate) -> str:
     return number(estimate, signed=True)
@@ -223,7 +226,7 @@ def _gain(estimate: Estimate) -> str:
 
 _SECTIONS: list[tuple[str, str, Callable[[Estimate], str], tuple[str, ...]]] = [
     ("reliance", "Shortcut Index (0 is ideal)", number, ("shortcut",)),
-    ("knockout", "What a cut changes: log p of the true sound, asked about the sound", _gain, ("delta_logprob",)),
+    ("knockout", "What a cut changes on conflicts: log p of the true sound, nats a token", _gain, ("delta_logprob",)),
     ("probe", "Probes: accuracy", percent, ("accuracy",)),
     ("latent", "Latent audio understanding", percent, ("latent", "said")),
     ("shift", "Token shift: share that is the base's first choice", percent, ("unshifted",)),
@@ -245,6 +248,7 @@ def _table(title: str, *headers: str) -> Table:
         pad_edge=False,
         title_justify="left",
         caption_justify="left",
+        collapse_padding=True,
         title_style="bold",
         header_style="dim",
         caption_style="dim italic",

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from data.clips import MANIFEST_VERSION, Clip, Clips, DataError, Grid, Split, load_clips, save_clips
+from data.clips import Clip, Clips, DataError, Grid, Split, load_clips, save_clips
 from data.counterfactual import choose_swaps, make_grid
 from data.media import mux, stream_hashes, write_mp4
 from data.render import RenderSettings, render
@@ -34,6 +34,7 @@ from data.sources import Source, SourceClass, load_sources
 from data.splits import Pairs, split_pairs
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+MAKERS = ("render", "media", "counterfactual", "splits")  # the modules that decide what the media are: a change in them makes old folders stale
 BYTES_A_PIXEL = 0.35  # of coded video, from the default set, rounded up; for the check of disk space
 BYTES_A_SECOND = 10_000  # of coded sound
 
@@ -165,6 +166,7 @@ def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs
         "pairs": {part: sorted(getattr(pairs, part)) for part in ("train", "selection", "test")},
         "config": asdict(config),
         "sources": sources,
+        "code": hashlib.sha256(b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in MAKERS)).hexdigest(),
     }
     return json.loads(json.dumps(manifest))  # tuples become lists, as they will be when read back
 
@@ -177,7 +179,7 @@ def _existing(folder: Path, provenance: dict[str, Any]) -> Clips | None:
         raise DataError(f"{folder} exists and is no clip folder (no manifest.json). Remove it or choose another folder.")
     clips = load_clips(folder)
     if {key: clips.manifest.get(key) for key in provenance} != provenance:
-        raise DataError(f"{folder} was built with another config or other sources. Remove it or choose another folder.")
+        raise DataError(f"{folder} was built with another config, other sources or other code. Remove it or choose another folder.")
     return clips
 
 
@@ -190,7 +192,7 @@ def _check_space(config: DataConfig, folder: Path, classes: int) -> None:
         raise DataError(f"{folder} needs up to {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free. Free some or choose another folder.")
 
 
-def _shared(work: Callable[[T], R], jobs: Iterable[T], workers: int, done: Callable[[], None]) -> list[R]:
+def _shared(work: Callable[[T], R], jobs: Iterable[T], workers: int, done: Callable[[], object]) -> list[R]:
     """Results in the order of the jobs. The first failure cancels what has not begun."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, job) for job in jobs]
@@ -204,34 +206,28 @@ def _shared(work: Callable[[T], R], jobs: Iterable[T], workers: int, done: Calla
     return [future.result() for future in futures]
 
 
-def _build(config: DataConfig, root: Path, classes: Sequence[SourceClass], pairs: Pairs, workers: int, progress: bool) -> tuple[list[Clip], list[Grid]]:
+def _build(
+    config: DataConfig, root: Path, classes: Sequence[SourceClass], pairs: Pairs, workers: int, progress: bool
+) -> tuple[list[Clip], list[Grid]]:
     """All media below `root`, and the two tables."""
     (root / "media").mkdir(parents=True)
     jobs = _factual(config, classes)
-    columns = TextColumn("building clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not progress) as bar:
-        swaps_at_most = sum(config.rounds.of(job.split) for job in jobs)
-        task = bar.add_task("", total=len(jobs) + swaps_at_most)
-
-        def done() -> None:
-            bar.advance(task)
-
-        clips = _shared(lambda job: _render(job, config, root), jobs, workers, done)
-        chosen = [
-            swap
-            for split in SPLITS
-            for swap in choose_swaps(
-                [c for c in clips if c.split == split], pairs.of(split), config.rounds.of(split), config.seed, config.max_similarity
-            )
-        ]
-        tested = [c for c in clips if c.split == "test" and c.id.endswith("_00")]
-        bar.update(task, total=len(jobs) + len(chosen) + 2 * len(tested))
-        swapped = _shared(lambda pair: make_grid(root, *pair), chosen, workers, done)
+    with tqdm(
+        total=len(jobs) + 2 * sum(config.rounds.of(job.split) for job in jobs), desc="building clips", unit="clip", disable=not progress
+    ) as bar:
+        clips = _shared(lambda job: _render(job, config, root), jobs, workers, bar.update)
+        chosen = []
+        for split in SPLITS:
+            factual = [c for c in clips if c.split == split]
+            chosen += choose_swaps(factual, pairs.of(split), config.rounds.of(split), config.seed, config.max_similarity)
+        tested = [c for c in clips if c.split == "test" and c.id.endswith("_00")]  # one of each class
+        bar.total = len(jobs) + 2 * len(chosen) + 2 * len(tested)
+        swapped = _shared(lambda pair: make_grid(root, *pair), chosen, workers, lambda: bar.update(2))
         nothing = root / "nothing.mp4"
         black = np.zeros((config.render.frames, config.render.size, config.render.size, 3), np.uint8)
         write_mp4(nothing, black, config.render.fps, np.zeros(config.render.samples, np.float32))
         emptied = [(c, condition) for condition in ("muted", "blanked") for c in tested]
-        bare = _shared(lambda job: _without(root, job[0], nothing, job[1]), emptied, workers, done)
+        bare = _shared(lambda job: _without(root, job[0], nothing, job[1]), emptied, workers, bar.update)
         nothing.unlink()
     return [*clips, *(c for s in swapped for c in s.clips), *bare], [s.grid for s in swapped]
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # importing it takes a second; only `Clips.table` needs it
 Split = Literal["train", "plan", "selection", "test", "unseen"]
 Condition = Literal["factual", "counterfactual", "muted", "blanked"]
 MANIFEST_VERSION = 1
-MANIFEST_KEYS = ("version", "labels", "pairs", "config", "sources", "files", "data_hash")  # the first two are needed, the others are not
+MANIFEST_KEYS = ("version", "labels", "pairs", "config", "sources", "code", "files", "data_hash")  # the first two are needed, the others are not
 
 
 class DataError(ValueError):
@@ -286,7 +286,9 @@ def _check_leaks(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> Non
                     "Keep each in one, or nothing measured on the second can be trusted."
                 )
     held = {tuple(sorted(p)) for part in ("selection", "test") for p in manifest.get("pairs", {}).get(part, [])}
-    conflicts = [(c, tuple(sorted((c.video_label, c.audio_label)))) for c in clips if c.video_label and c.audio_label and c.video_label != c.audio_label]
+    conflicts = [
+        (c, tuple(sorted((c.video_label, c.audio_label)))) for c in clips if c.video_label and c.audio_label and c.video_label != c.audio_label
+    ]
     held |= {p for c, p in conflicts if c.split in ("selection", "test", "unseen")}
     for clip, classes in conflicts:
         if clip.split in ("train", "plan") and classes in held:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -36,15 +37,36 @@ class MediaError(DataError):
     """A media file that cannot be used. The message names the file and the remedy."""
 
 
+def _check_boxes(path: Path | str) -> None:
+    """Raise if an mp4 (or mov) ends inside one of its top-level boxes: FFmpeg opens some such files and only loses a stream."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = 0
+        while at < size:
+            file.seek(at)
+            head = file.read(16)
+            if at == 0 and head[4:8] != b"ftyp":
+                return  # another container
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:  # a 64-bit length follows
+                length = int.from_bytes(head[8:16], "big")
+            if length == 0:  # the last box, up to the end of the file
+                return
+            at += max(length, 8)
+        if at > size or size == 0:
+            raise MediaError(f"{path} is truncated: at least {max(1, at - size)} bytes are missing. Copy or build it again.")
+
+
 @contextlib.contextmanager
 def _opened(path: Path | str) -> Iterator[Any]:
     """A container open for reading; every failure of FFmpeg inside the block becomes a MediaError that names the file."""
     try:
+        _check_boxes(path)
         with av.open(str(path), metadata_errors="ignore") as container:
             yield container
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist. Put the file there, or take its line out of clips.jsonl.") from error
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise MediaError(f"{path} cannot be read as media ({error.strerror}): it is truncated or of another kind. Copy or build it again.") from error
 
 
@@ -65,13 +87,6 @@ def _seconds(stream: Any) -> float | None:
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     return None
-
-
-def _check_whole(path: Path | str, stream: Any, end: float, slack: float) -> None:
-    """Raise if decoding stopped more than `slack` seconds before the length that the file itself states."""
-    stated = _seconds(stream)
-    if stated is not None and end < stated - slack:
-        raise MediaError(f"{path} is truncated: its {stream.type} ends at {end:.2f} s of {stated:.2f} s. Copy or build it again.")
 
 
 def _write(path: Path | str, buffer: io.BytesIO) -> None:
@@ -102,7 +117,7 @@ def write_mp4(path: Path | str, frames: np.ndarray, fps: float, wave: np.ndarray
         video.gop_size = max(1, round(fps * 2))
         audio: Any = None
         if wave is not None:
-            audio = container.add_stream("aac", rate=rate, layout="mono")
+            audio = container.add_stream("aac", rate=rate, layout="mono", options={"aac_coder": "fast"})  # as good here, half the time
             audio.bit_rate = AUDIO_BIT_RATE
         for i, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -122,21 +137,27 @@ def read_video(path: Path | str, fps: float) -> np.ndarray:
 
     Each is the last picture shown at or before its time. A video shorter than 2 / fps repeats its last picture.
     """
-    times, images = [], []
+    chosen: list[np.ndarray] = []
     with _opened(path) as container:
         stream = _video_stream(container, path)
         stream.codec_context.thread_count = 1
         step = float(1 / stream.average_rate) if stream.average_rate else 0.0
+        first = last = 0.0
+        shown: Any = None
         for frame in container.decode(stream):
-            times.append(float(frame.time or 0.0))
-            images.append(frame.to_ndarray(format="rgb24"))
-        if not images:
+            last = float(frame.time or 0.0)
+            if shown is None:
+                first = last
+            while shown is not None and first + len(chosen) / fps < last - 1e-4:
+                chosen.append(shown.to_ndarray(format="rgb24"))
+            shown = frame
+        if shown is None:
             raise MediaError(f"{path} is truncated: no picture can be decoded. Copy or build it again.")
-        end = times[-1] + step
-        _check_whole(path, stream, end - times[0], slack=0.05 + 0.5 * step)
-    wanted = np.arange(max(2, round((end - times[0]) * fps))) / fps + times[0]
-    chosen = np.searchsorted(np.array(times), wanted + 1e-4, side="right") - 1
-    return np.stack([images[i] for i in chosen]).transpose(0, 3, 1, 2).copy()
+        length = max(last - first + step, _seconds(stream) or 0.0)  # the last picture may stay longer than the others
+        n = max(2, round(length * fps))
+        while len(chosen) < n:
+            chosen.append(shown.to_ndarray(format="rgb24"))
+    return np.stack(chosen[:n]).transpose(0, 3, 1, 2).copy()
 
 
 def read_audio(path: Path | str, rate: int = RATE, muted: bool = False) -> np.ndarray:
@@ -146,20 +167,18 @@ def read_audio(path: Path | str, rate: int = RATE, muted: bool = False) -> np.nd
     a missing one as zeros of the video's length.
     """
     parts: list[np.ndarray] = []
-    start = end = 0.0
+    start = 0.0
     with _opened(path) as container:
         if muted and not container.streams.audio:
             return np.zeros(round((_seconds(_video_stream(container, path)) or 0.0) * rate), dtype=np.float32)
         stream = _audio_stream(container, path)
         stream.codec_context.thread_count = 1
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+        resampler = av.AudioResampler(format="fltp", rate=rate)
         for frame in container.decode(stream):
-            time = float(frame.time or 0.0)
-            start = start if parts else time
-            end = time + frame.samples / frame.sample_rate
-            parts += [f.to_ndarray()[0] for f in resampler.resample(frame)]
-        parts += [f.to_ndarray()[0] for f in resampler.resample(None)]
-        _check_whole(path, stream, end - start, slack=0.1)
+            start = start if parts else float(frame.time or 0.0)
+            # The mean of the channels: FFmpeg's own mix to mono makes equal channels 3 dB louder, over full scale.
+            parts += [f.to_ndarray().mean(axis=0) for f in resampler.resample(frame)]
+        parts += [f.to_ndarray().mean(axis=0) for f in resampler.resample(None)]
         stated = _seconds(stream)
     wave = np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, dtype=np.float32)
     if stated is not None:  # the last AAC frame is padded: cut at the length the file states
@@ -172,13 +191,11 @@ def read_audio(path: Path | str, rate: int = RATE, muted: bool = False) -> np.nd
 
 
 def _packets(path: Path | str, stream: Any) -> tuple[list[Any], float]:
-    """A stream's packets in decoding order and when its last one ends, in seconds; raises if the file is cut short."""
+    """A stream's packets in decoding order and when its last one ends, in seconds."""
     packets = [p for p in stream.container.demux(stream) if p.size]  # the flushing packet at the end is empty
     if not packets or any(p.is_corrupt or p.pts is None for p in packets):
         raise MediaError(f"{path} is truncated: its {stream.type} stream is damaged. Copy or build it again.")
     end = max(float((p.pts + (p.duration or 0)) * p.time_base) for p in packets)
-    start = min(float(p.pts * p.time_base) for p in packets)
-    _check_whole(path, stream, end - start, slack=0.1)
     return packets, end
 
 

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 
 from data.media import RATE, read_audio
 
-SCALE = (0.55, 0.95)  # of the frame, longer side
-TURN = 12.0  # degrees either way
+SCALE = (0.7, 0.95)  # of the frame, longer side
+TURN = 8.0  # degrees either way
 SPEED = 0.06  # resampling factor, either way: speed and pitch together
 GAIN_DB = (-12.0, 0.0)
 SNR_DB = (8.0, 30.0)
@@ -66,7 +66,9 @@ def _sound(path: Path) -> np.ndarray:
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """One of: plain colour, gradient, stripes, checks, soft noise, fine noise, blobs. float32 (size, size, 3), 0..255."""
-    one, two = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    # Muted colours, so that the picture stands out as the subject of a photograph does.
+    one, two = (rng.uniform(50, 205, (2, 1)) + rng.uniform(-35, 35, (2, 3))).astype(np.float32)
+    two = one + 0.6 * (two - one)
     kind = rng.integers(7)
     if kind == 0:
         return np.broadcast_to(one, (size, size, 3)).copy()
@@ -190,6 +192,8 @@ def render_wave(
     return wave / np.float32(max(1.0, peak / 0.99))
 
 
-def render(image_path: Path | str, sound_path: Path | str | np.ndarray, seed: int, settings: RenderSettings = DEFAULTS) -> tuple[np.ndarray, np.ndarray]:
+def render(
+    image_path: Path | str, sound_path: Path | str | np.ndarray, seed: int, settings: RenderSettings = DEFAULTS
+) -> tuple[np.ndarray, np.ndarray]:
     """Frames, uint8 (n, size, size, 3), and wave, float32 (samples,) at 16 kHz: the same for the same seed."""
     return render_frames(image_path, seed, settings), render_wave(sound_path, seed, settings)

@@ -4,6 +4,8 @@
     for c in load_sources():
         print(c.name, c.seen, c.heard, [p.id for p in c.train_pictures], [s.id for s in c.held_sounds])
 
+`python -m data.sources` writes real_av/ATTRIBUTION.md from the manifest.
+
 Some sources are *held out*: nothing is ever trained on them, and the `unseen` split is made from them.
 
 - pictures: the style `noto` of every class (the other styles are `fluent` and, for some animals, `photo`);
@@ -24,6 +26,13 @@ from typing import Any
 
 from data.clips import DataError
 
+LICENSES = {
+    "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
+    "CC-BY-3.0": "https://creativecommons.org/licenses/by/3.0/",
+    "MIT": "https://opensource.org/license/mit",
+    "OFL-1.1": "https://openfontlicense.org/open-font-license-official-text/",
+    "Public-Domain": "https://creativecommons.org/publicdomain/mark/1.0/",
+}
 REAL_AV = Path(__file__).parent / "real_av"
 HELD_OUT_STYLE = "noto"
 
@@ -118,3 +127,28 @@ def load_sources(root: Path = REAL_AV) -> list[SourceClass]:
             )
         )
     return classes
+
+
+def attribution(root: Path = REAL_AV) -> str:
+    """ATTRIBUTION.md: every file with its licence, author and origin, generated from the manifest."""
+    files = [(f"{s.path.parent.name}/{s.path.name}", s) for c in load_sources(root) for s in (*c.pictures, *c.sounds)]
+    used = sorted({s.license for _, s in files})
+    lines = [
+        "# Attribution",
+        "",
+        "Every picture and recording of this folder. Generated from manifest.json by `python -m data.sources`; do not edit by hand.",
+        "Pictures were scaled to at most 256 px and stored as WebP; recordings made 16 kHz mono, normalised, cut at 6 s, stored as Ogg Vorbis.",
+        "",
+        "| licence | files | text |",
+        "|---|---|---|",
+        *(f"| {name} | {sum(s.license == name for _, s in files)} | {LICENSES[name]} |" for name in used),
+        "",
+        "| file | licence | author | taken from |",
+        "|---|---|---|---|",
+        *(f"| {file} | {s.license} | {s.attribution} | {s.origin} |" for file, s in sorted(files, key=lambda row: row[0])),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (REAL_AV / "ATTRIBUTION.md").write_text(attribution())

@@ -90,8 +90,9 @@ Cuts = Sequence[tuple[Cut, ...]]  # one tuple a batch row
 class FlowTap:
     """Attention mass by kind, filled during a forward pass.
 
-    `mass[layer]`: (3, batch, 2, kinds): variant (plain, without the first-token sink, value-norm weighted), item, target (question, emitters), source kind.
-    Heads are averaged, then the rows of a target. Value-norm weighting multiplies a weight by ‖v‖ of its key (Kobayashi et al. 2020, before the output projection).
+    `mass[layer]`: (3, batch, 2, kinds): variant (plain, without the first-token sink, value-norm weighted), item, target (question, emitters),
+    source kind. Heads are averaged, then the rows of a target. Value-norm weighting multiplies a weight by ‖v‖ of its key (Kobayashi et al. 2020,
+    arXiv 2004.10102; taken before the output projection).
     """
 
     mass: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -65,7 +65,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Suffix:
-    """Question and answer rows. ids, kinds: (S,). Answer token a is emitted by row `first + a`; `span` marks the label's tokens among `targets`: (A,)."""
+    """Question and answer rows. ids, kinds: (S,). Row `first + a` emits answer token a; `span` marks the label among `targets`: (A,)."""
 
     ids: torch.Tensor
     kinds: torch.Tensor
@@ -94,7 +94,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch elsewhere."""
         return replace(
-            self, inputs={k: v.to(device) for k, v in self.inputs.items()}, targets=self.targets.to(device), span=self.span.to(device), kinds=self.kinds.to(device)
+            self,
+            inputs={k: v.to(device) for k, v in self.inputs.items()},
+            targets=self.targets.to(device),
+            span=self.span.to(device),
+            kinds=self.kinds.to(device),
         )
 
 
@@ -258,7 +262,11 @@ class AVLLM(ABC):
             ids += targets
             kinds += [Kind.EMITTER] * (len(targets) - 1) + [Kind.QUESTION]
         return Suffix(
-            torch.tensor(ids), torch.tensor([int(k) for k in kinds]), len(prompt) - 1, torch.tensor(targets, dtype=torch.long), torch.tensor(marked, dtype=torch.bool)
+            torch.tensor(ids),
+            torch.tensor([int(k) for k in kinds]),
+            len(prompt) - 1,
+            torch.tensor(targets, dtype=torch.long),
+            torch.tensor(marked, dtype=torch.bool),
         )
 
     def sequence(self, media: Media, question: str, answer: str, span: str | None = None) -> Example:
@@ -292,7 +300,9 @@ class AVLLM(ABC):
         suffixes = [s.suffix for s in sequences]
         ids = [torch.cat([p.ids, s.ids]) for p, s in zip(layouts, suffixes, strict=True)]
         kinds = _pad([torch.cat([p.kinds, s.kinds]) for p, s in zip(layouts, suffixes, strict=True)], Kind.PAD)
-        positions = [torch.cat([p.positions, _text_positions(int(p.positions.max()) + 1, len(s.ids))], 1) for p, s in zip(layouts, suffixes, strict=True)]
+        positions = [
+            torch.cat([p.positions, _text_positions(int(p.positions.max()) + 1, len(s.ids))], 1) for p, s in zip(layouts, suffixes, strict=True)
+        ]
         targets = _pad([s.targets for s in suffixes], -100)
         padded = _pad(ids, self.pad_id)
         first = torch.tensor([len(p.ids) + s.first for p, s in zip(layouts, suffixes, strict=True)])
@@ -357,9 +367,11 @@ class AVLLM(ABC):
         kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
         cache, position = self._select(prefix, which)
         tap = FlowTap() if flow else None
-        state, all_kinds, hidden_states = self._step(ids, kinds, prefix.kinds[list(which)], position, cache, cuts, hidden, tap)
+        state, _, hidden_states = self._step(ids, kinds, prefix.kinds[list(which)], position, cache, cuts, hidden, tap)
         targets = _pad([s.targets for s in suffixes], -100).to(self.device)
-        rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(max(1, targets.shape[1]))).clamp_max(ids.shape[1] - 1).to(self.device)
+        rows = (
+            (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(max(1, targets.shape[1]))).clamp_max(ids.shape[1] - 1).to(self.device)
+        )
         logits = self.head(torch.gather(state, 1, rows[..., None].expand(-1, -1, state.shape[-1])))
         return Output(
             logits,
@@ -371,12 +383,18 @@ class AVLLM(ABC):
         )
 
     @torch.no_grad()
-    def generate(self, prefix: Prefix, which: Sequence[int], questions: Sequence[str], cuts: Cuts | None = None, max_new_tokens: int = 24) -> list[str]:
+    def generate(
+        self, prefix: Prefix, which: Sequence[int], questions: Sequence[str], cuts: Cuts | None = None, max_new_tokens: int = 24
+    ) -> list[str]:
         """Greedy answers to questions on top of prefix rows `which`, each under its own cuts."""
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.generate_ids(prefix, which, questions, cuts, max_new_tokens)]
+        return [
+            self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.generate_ids(prefix, which, questions, cuts, max_new_tokens)
+        ]
 
     @torch.no_grad()
-    def generate_ids(self, prefix: Prefix, which: Sequence[int], questions: Sequence[str], cuts: Cuts | None = None, max_new_tokens: int = 24) -> list[list[int]]:
+    def generate_ids(
+        self, prefix: Prefix, which: Sequence[int], questions: Sequence[str], cuts: Cuts | None = None, max_new_tokens: int = 24
+    ) -> list[list[int]]:
         """Greedy answer tokens, without the end token."""
         self._check_prefix_cuts(prefix, which, cuts)
         suffixes = [self.suffix(q) for q in questions]
@@ -447,7 +465,9 @@ class AVLLM(ABC):
         if wrong := [layer for layer in layers if not 0 <= layer < self.n_layers]:
             raise ModelError(f"This model has layers 0 to {self.n_layers - 1}, not {wrong}.")
         ids = {id(m): name for name, m in self.thinker.named_modules()}
-        modules = [m for layer in sorted(set(layers)) for name, m in self.text_model.layers[layer].named_modules() if name.split(".")[-1] in projections]
+        modules = [
+            m for layer in sorted(set(layers)) for name, m in self.text_model.layers[layer].named_modules() if name.split(".")[-1] in projections
+        ]
         return [ids[id(m)] for m in modules]
 
     def add_lora(self, targets: Sequence[str], r: int, alpha: int, dropout: float = 0.0) -> None:

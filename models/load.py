@@ -15,7 +15,13 @@ from models.avllm import AVLLM, ModelError
 FAMILIES = {model_type: qwen2_5_omni.Qwen25Omni for model_type in qwen2_5_omni.MODEL_TYPES}
 
 
-def load_model(path: str | Path, adapter: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, base: str | None = None) -> AVLLM:
+def load_model(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+) -> AVLLM:
     """Load a model folder (or hub id), and optionally a PEFT adapter on top.
 
     base: folder of the vision-language base for token shift; by default what the model folder's avbalance.json names.
@@ -51,7 +57,9 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
 
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{adapter} is no adapter: it needs adapter_config.json and adapter_model.safetensors (checkpoints keep theirs in <checkpoint>/adapter).")
+        raise ModelError(
+            f"{adapter} is no adapter: it needs adapter_config.json and adapter_model.safetensors (checkpoints keep theirs in <checkpoint>/adapter)."
+        )
     try:
         model.thinker = PeftModel.from_pretrained(model.thinker, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:

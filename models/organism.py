@@ -56,7 +56,8 @@ class OrganismConfig:
     """Signal to noise ratio of those, in dB."""
     measured: int = 8
     """Clips a class that are only measured on."""
-    tower_epochs: int = 8
+    visual_epochs: int = 24
+    audio_epochs: int = 8
     base_steps: int = 1500
     av_steps: int = 800
     audio_only: float = 0.25
@@ -184,7 +185,7 @@ def train_towers(config: OrganismConfig, model: AVLLM, train: Streams, held: Str
         head = nn.Linear(model.hidden_size, n_classes)
         parameters = [*tower.parameters(), *head.parameters()]
         usable = np.flatnonzero(~train.noisy) if name == "audio_tower" else np.arange(len(train.label))
-        steps = config.tower_epochs * (len(usable) // 64)
+        steps = (config.audio_epochs if name == "audio_tower" else config.visual_epochs) * (len(usable) // 64)
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.2)
         rng = np.random.default_rng(config.seed)
@@ -200,7 +201,8 @@ def train_towers(config: OrganismConfig, model: AVLLM, train: Streams, held: Str
             bar.set_postfix(loss=f"{loss.item():.2f}")
         with torch.no_grad():
             right = [
-                int((head(pooled(model, name, held_pixels[i : i + 64])).argmax(-1) == torch.tensor(held.label[i : i + 64])).sum()) for i in range(0, len(held.label), 64)
+                int((head(pooled(model, name, held_pixels[i : i + 64])).argmax(-1) == torch.tensor(held.label[i : i + 64])).sum())
+                for i in range(0, len(held.label), 64)
             ]
         print(f"{name}: {sum(right) / len(held.label):.1%} of held-out renderings")
     for tower in towers.values():
@@ -214,7 +216,10 @@ def tower_inputs(model: AVLLM, name: str, streams: Streams) -> list[torch.Tensor
     for start in range(0, len(streams.label), 64):
         if name == "visual":
             inputs = model.processor.video_processor(
-                videos=[torch.as_tensor(v) for v in streams.videos[start : start + 64]], size=model.video_size, do_sample_frames=False, cap_pixels_per_frame=False
+                videos=[torch.as_tensor(v) for v in streams.videos[start : start + 64]],
+                size=model.video_size,
+                do_sample_frames=False,
+                cap_pixels_per_frame=False,
             )
             out += [p.half() for p in torch.as_tensor(inputs["pixel_values_videos"]).chunk(len(inputs["video_grid_thw"]))]
         else:
@@ -269,7 +274,15 @@ def stage(model: AVLLM, name: str, config: OrganismConfig, steps: int, examples:
     model.thinker.eval()
 
 
-def example(model: AVLLM, classes: list[SourceClass], rng: np.random.Generator, modality: str, c: int, video: StreamFeatures | None, audio: StreamFeatures | None):
+def example(
+    model: AVLLM,
+    classes: list[SourceClass],
+    rng: np.random.Generator,
+    modality: str,
+    c: int,
+    video: StreamFeatures | None,
+    audio: StreamFeatures | None,
+):
     """One question about one clip of class c with its answer, wording drawn at random."""
     text, span = answer(modality, classes[c].seen, classes[c].heard)
     return model.sequence(Media(video, audio), question(modality, int(rng.integers(len(QUESTIONS[modality])))), text, span)

@@ -1,6 +1,6 @@
 """Qwen2.5-Omni: the stock thinker and the stock processor behind the interface of models/avllm.py.
 
-Only the thinker is loaded (the talker and the vocoder do not matter here). Traps of the stock code that this file closes are listed in docs/gotchas.md.
+Only the thinker is loaded (talker and vocoder do not matter here). The traps of the stock code that this file closes: docs/gotchas.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Qwen25Omni(AVLLM):
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"])[:3] or sorted(str(k) for k in info["mismatched_keys"])[:3]
-            raise ModelError(f"{path}: the checkpoint does not fill the model ({len(info['missing_keys'])} weights missing, e.g. {lost}). Is it complete?")
+            raise ModelError(
+                f"{path}: the checkpoint does not fill the model ({len(info['missing_keys'])} weights missing, e.g. {lost}). Is it complete?"
+            )
         processor = Qwen2_5OmniProcessor.from_pretrained(path)
         return cls(str(path), thinker.to(device).eval(), processor, device, base_path)
 
@@ -96,10 +98,16 @@ class Qwen25Omni(AVLLM):
 
     def encode_audio(self, waves: list[np.ndarray]) -> list[StreamFeatures]:
         extractor = self.processor.feature_extractor
-        # Padding past the longest wave by more than one window gives the same frames as the processor's padding to its maximum, and nothing is truncated.
+        # Padded past the longest wave by more than one window, frames are those of the processor's padding to its maximum; nothing is truncated.
         longest = -(-max(len(w) for w in waves) // extractor.hop_length) * extractor.hop_length + 10 * extractor.hop_length
         inputs = extractor(
-            waves, sampling_rate=AUDIO_RATE, padding="max_length", max_length=longest, truncation=False, return_attention_mask=True, return_tensors="pt"
+            waves,
+            sampling_rate=AUDIO_RATE,
+            padding="max_length",
+            max_length=longest,
+            truncation=False,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         mask = inputs["attention_mask"].to(self.device)
         out = self._model.get_audio_features(inputs["input_features"].to(self.device, self.dtype), mask, return_dict=True).last_hidden_state
@@ -117,7 +125,8 @@ class Qwen25Omni(AVLLM):
         elif audio:
             parts.append({"type": "audio"})
         text = processor.apply_chat_template(
-            [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": [*parts, {"type": "text", "text": "\x00"}]}], tokenize=False
+            [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": [*parts, {"type": "text", "text": "\x00"}]}],
+            tokenize=False,
         ).split("\x00")[0]
         if video:
             replacement = processor.replace_video_token(
@@ -145,7 +154,10 @@ class Qwen25Omni(AVLLM):
             positions = positions.expand(3, *positions.shape)
         tokens = {name: self.tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
         kinds = torch.full_like(ids[0], Kind.SYSTEM)
-        for kind, names in ((Kind.VIDEO, ("video_token", "vision_bos_token", "vision_eos_token")), (Kind.AUDIO, ("audio_token", "audio_bos_token", "audio_eos_token"))):
+        for kind, names in (
+            (Kind.VIDEO, ("video_token", "vision_bos_token", "vision_eos_token")),
+            (Kind.AUDIO, ("audio_token", "audio_bos_token", "audio_eos_token")),
+        ):
             for name in names:
                 kinds[ids[0] == tokens[name]] = kind
         return Layout(ids[0], kinds, positions[:, 0])

@@ -67,7 +67,9 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5OmniProcessor:
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=14, temporal_patch_size=2, merge_size=2),
         video_processor=Qwen2VLVideoProcessor(size=size, patch_size=14, temporal_patch_size=2, merge_size=2, min_frames=2),
-        feature_extractor=WhisperFeatureExtractor(feature_size=64, sampling_rate=16000, hop_length=160, chunk_length=30, n_fft=400, return_attention_mask=True),
+        feature_extractor=WhisperFeatureExtractor(
+            feature_size=64, sampling_rate=16000, hop_length=160, chunk_length=30, n_fft=400, return_attention_mask=True
+        ),
         tokenizer=tokenizer,
         chat_template=TEMPLATE,
     )
@@ -89,7 +91,8 @@ def tiny_config(tokenizer: Qwen2Tokenizer, hidden: int = 128, layers: int = 8, t
             "fullatt_block_indexes": list(range(tower_layers)), "window_size": 112,
         },
         audio_config={
-            "num_mel_bins": 64, "encoder_layers": tower_layers, "encoder_attention_heads": 4, "encoder_ffn_dim": 2 * tower, "d_model": tower, "output_dim": hidden,
+            "num_mel_bins": 64, "encoder_layers": tower_layers, "encoder_attention_heads": 4, "encoder_ffn_dim": 2 * tower, "d_model": tower,
+            "output_dim": hidden,
         },
         audio_token_index=ids["audio_token"], image_token_index=ids["image_token"], video_token_index=ids["video_token"],
         audio_start_token_id=ids["audio_bos_token"], audio_end_token_id=ids["audio_eos_token"],

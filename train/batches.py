@@ -91,7 +91,8 @@ def share(groups: Sequence[list[Ask]], rank: int, world: int, part: int, parts: 
     size, rest = divmod(len(groups), world * parts)
     if rest:
         raise DataError(
-            f"schedule.grids is {len(groups)}, which {world} processes with schedule.accumulate {parts} cannot share equally: use a multiple of {world * parts}."
+            f"schedule.grids is {len(groups)}, which {world} processes with schedule.accumulate {parts} cannot share equally: "
+            f"use a multiple of {world * parts}."
         )
     at = (rank * parts + part) * size
     return [ask for group in groups[at : at + size] for ask in group]
@@ -133,7 +134,10 @@ def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answer
         for term in rows:
             if index := [i for i, (name, _, _) in enumerate(taught) if name == term]:
                 teacher[term] = logits[index]
-    return Micro(model.batch(list(sequences.values())), rows, teacher)
+    batch = model.batch(list(sequences.values()))
+    # A model may say a media token; in an answer that is a word like any other, not a place for tower features.
+    batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
+    return Micro(batch, rows, teacher)
 
 
 def loss_terms(logits: Tensor, micro: Micro) -> dict[str, Tensor]:
@@ -151,9 +155,7 @@ def loss_terms(logits: Tensor, micro: Micro) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _teach(
-    model: AVLLM, wanted: Sequence[tuple[Ask, str]], root: Path, answers: Answers, max_new_tokens: int
-) -> tuple[list[Suffix], Tensor]:
+def _teach(model: AVLLM, wanted: Sequence[tuple[Ask, str]], root: Path, answers: Answers, max_new_tokens: int) -> tuple[list[Suffix], Tensor]:
     """The frozen model's own answers under each cut ("" for none), and its logits (N, tokens, vocabulary) at their emitters."""
     cuts: list[tuple[Cut, ...]] = [(parse_cut(cut),) if cut else () for _, cut in wanted]
     into_media = [tuple(c for c in cut if c.cuts_media) for cut in cuts]  # those change the prefix, so they need one of their own

@@ -59,16 +59,13 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: AVLLM, optimizer: torch.optim.Optimizer, answers: Answers, accelerator: Accelerator | None = None
-) -> Path:
+def save_checkpoint(folder: Path, step: int, model: AVLLM, optimizer: torch.optim.Optimizer, answers: Answers, accelerator: Accelerator) -> Path:
     """Write `folder/step_<step>` whole or not at all, and return it. Under DeepSpeed every process has to call this.
 
     Raises CheckpointError where the disk is full or cannot be written; nothing half-written is left behind.
     """
     final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    deepspeed = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
-    main = accelerator is None or accelerator.is_main_process
+    deepspeed, main = accelerator.distributed_type == DistributedType.DEEPSPEED, accelerator.is_main_process
     try:
         if main:
             if partial.exists():
@@ -100,11 +97,11 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path, model: AVLLM, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None = None) -> tuple[int, Answers]:
+def load_checkpoint(folder: Path, model: AVLLM, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[int, Answers]:
     """Put adapter and optimizer back as they were; returns step and answers. Raises CheckpointError for a damaged or foreign checkpoint."""
     manifest = check(folder)
     load_adapter(folder, model)
-    if accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.load_state(str(folder / "state"))
     else:
         _restore_optimizer(model, optimizer, load_file(folder / "state" / "optimizer.safetensors"), _json(folder / "state" / "optimizer.json"))
@@ -127,7 +124,7 @@ def check(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / 'manifest.json'} is not of format {FORMAT}. Delete {folder}; the run goes on from the checkpoint before.")
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} is missing or has changed since it was written. Delete {folder}; the run goes on from the checkpoint before.")
+            raise CheckpointError(f"{folder / name} is missing or has changed. Delete {folder}; the run goes on from the checkpoint before.")
     return manifest
 
 
@@ -158,7 +155,8 @@ def _optimizer_state(model: AVLLM, optimizer: torch.optim.Optimizer) -> tuple[di
 
 def _restore_optimizer(model: AVLLM, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], saved: dict) -> None:
     parameters = dict(model.trainable_parameters())
-    if [g["params"] for g in saved["groups"]] != [[n for n, p in parameters.items() if any(p is q for q in g["params"])] for g in optimizer.param_groups]:
+    names = {id(p): name for name, p in parameters.items()}
+    if [g["params"] for g in saved["groups"]] != [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups]:
         raise CheckpointError("The optimizer's saved state is of other parameters than those trained now.")
     optimizer.state.clear()
     for key, value in tensors.items():

@@ -25,6 +25,8 @@ from typing import Any, Literal
 import tyro
 import yaml
 
+from analysis.diagnose import DiagnoseSettings
+from data.build import DataConfig
 from train.files import write_text
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "organism.yaml"
@@ -40,7 +42,7 @@ class ConfigError(ValueError):
 class ModelPart:
     """Which model is trained."""
 
-    path: str = "models/organism"
+    path: str = "models/organism/avllm"
     """Folder of the audio-visual LLM: config, tokenizer and processor files, safetensors weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers the model computes in. The adapter is always kept in float32."""
@@ -51,11 +53,11 @@ class DataPart:
     """Which clips it is trained on."""
 
     clips: str = "runs/clips"
-    """Clip folder (clips.jsonl, grids.jsonl, media, manifest.json). Built from the embedded recordings where it does not exist."""
-    seed: int = 0
-    """Seed of that build."""
+    """Clip folder (clips.jsonl, grids.jsonl, media, manifest.json). Built from the embedded pictures and recordings where it does not exist."""
+    build: DataConfig = field(default_factory=DataConfig)
+    """How it is built then. A folder that was built otherwise is refused; a folder of your own making is taken as it is."""
     train_on: Literal["grids", "factual"] = "grids"
-    """`grids`: all four cells of 2x2 grids (two clips and their two swaps). `factual`: unswapped clips only; nothing labelled counterfactual is seen."""
+    """`grids`: all four cells of 2x2 grids (two clips and their two swaps). `factual`: unswapped clips only."""
 
 
 @dataclass
@@ -169,24 +171,20 @@ class SchedulePart:
 
 @dataclass
 class DiagnosisPart:
-    """What is measured, on how many clips. Diagnostics are those of `python -m analysis diagnose`."""
+    """What is measured on which split. The settings of each are those of `python -m analysis diagnose`."""
 
-    plan_clips: int = 120
-    """Clips of the plan split per condition that the plan is made from."""
-    selection_clips: int = 120
-    """Clips of the selection split per condition that each checkpoint is measured on."""
-    test_clips: int | None = None
-    """Clips of the test split per condition, before and after. None: all of them."""
+    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, knockout=120, knockout_factual=120))
+    """On the plan split: what the plan is made from."""
+    selection: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120))
+    """On the selection split: what each checkpoint is judged by."""
+    test: DiagnoseSettings = field(default_factory=DiagnoseSettings)
+    """On the test split, before and after training: what is reported."""
     retention_bound: float = 0.01
     """How much a checkpoint may lose on factual clips (hear and see) and still be chosen: 0.01 is one point."""
     tie: float = 0.01
     """Checkpoints whose audio-following lies within this of the best count as equal; then see-questions decide, then the later one."""
 
     def __post_init__(self) -> None:
-        for name in ("plan_clips", "selection_clips", "test_clips"):
-            count = getattr(self, name)
-            if count is not None and count < 2:
-                raise ConfigError(f"diagnosis.{name} is {count}: nothing can be measured on fewer than 2 clips.")
         for name in ("retention_bound", "tie"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"diagnosis.{name} is {getattr(self, name)}: it is a share and has to lie in [0, 1].")
@@ -233,7 +231,7 @@ class Config:
         write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
 
 
-FREE_TO_DIFFER = ("run.overwrite", "run.threads", "run.tracker", "run.keep")
+FREE_TO_DIFFER = ("run.overwrite", "run.threads", "run.tracker", "run.keep")  # and the batch sizes of diagnosis, which do not move results
 
 
 def load_yaml(path: str | os.PathLike) -> Config:
@@ -245,7 +243,7 @@ def load_yaml(path: str | os.PathLike) -> Config:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     try:
-        return _fill(Config, {} if raw is None else raw, "")
+        return _fill(Config, {} if raw is None else raw, "", Config())
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -256,14 +254,15 @@ def parse(args: Sequence[str] | None = None) -> Config:
     before.add_argument("--config", default=str(DEFAULT_CONFIG))
     known, flags = before.parse_known_args(args)
     default = load_yaml(known.config)
-    description = f"Diagnose, plan, fine-tune, diagnose again.\n\n--config FILE fills the settings (here: {known.config}), the flags below override it."
+    description = f"Diagnose, plan, fine-tune, diagnose again.\n\n--config FILE fills the settings (here: {known.config}), flags override it."
     return tyro.cli(Config, prog="accelerate launch train", description=description, default=default, args=flags)
 
 
 def differences(before: Config, now: Config) -> list[str]:
     """Sentences on the settings in which two runs differ, those of FREE_TO_DIFFER left out."""
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
-    return [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in new if key not in FREE_TO_DIFFER and old.get(key) != new.get(key)]
+    keys = [key for key in new if key not in FREE_TO_DIFFER and not key.endswith(".batch") and not key.endswith(".suffix_batch")]
+    return [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -280,8 +279,8 @@ def _plain(tree: Any) -> Any:
     return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-def _fill(kind: Any, value: Any, where: str) -> Any:
-    """A YAML value as the annotated type, strictly. `where` is the dotted key so far."""
+def _fill(kind: Any, value: Any, where: str, default: Any = None) -> Any:
+    """A YAML value as the annotated type, strictly; what a section leaves out stays as in `default`. `where` is the dotted key so far."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{where or 'the file'} should hold `key: value` lines, not {value!r}.")
@@ -291,10 +290,16 @@ def _fill(kind: Any, value: Any, where: str) -> Any:
                 near = difflib.get_close_matches(str(key), hints, n=1)
                 meant = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(hints)}."
                 raise ConfigError(f"unknown key {_dotted(where, key)!r}; {meant}")
-        return kind(**{key: _fill(hints[key], entry, _dotted(where, key)) for key, entry in value.items()})  # type: ignore[operator]
+        given = {key: _fill(hints[key], entry, _dotted(where, key), getattr(default, key)) for key, entry in value.items()}
+        try:
+            return dataclasses.replace(default, **given)
+        except ConfigError:
+            raise
+        except ValueError as error:  # a check of data/ or analysis/
+            raise ConfigError(f"{where}: {error}") from None
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _fill(next(option for option in options if option is not type(None)), value, where)
+        return None if value is None else _fill(next(option for option in options if option is not type(None)), value, where, default)
     if origin is Literal:
         if value not in options:
             raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(map(str, options))}.")

@@ -18,8 +18,8 @@ IGNORED = -100  # target of a padded position
 def counterfactual_ce(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of the designated answer: mean over answers of (1/|y|) Σ_t −log p(y_t | clip, question, y_<t), in nats.
 
-    On hear-questions y tells what sounds, on see-questions what is seen, in all four cells of a grid; so in the swapped cells the picture alone is no
-    longer a way to the answer. Counterfactual supervised fine-tuning on both swap directions: DMC-Repair and MMA-Bench tuning (README, "What is known").
+    On hear-questions y tells what sounds, on see-questions what is seen, in all four cells of a grid; so in the swapped cells the picture alone is
+    no longer a way to the answer. Supervised fine-tuning on both swap directions, as in DMC-Repair and MMA-Bench tuning.
 
     logits: (answers, tokens, vocabulary). targets: (answers, tokens) token ids, -100 where padded. Raises ValueError on an answer without tokens.
     """
@@ -32,8 +32,8 @@ def knockout_distillation(teacher_logits: Tensor, student_logits: Tensor, mask: 
     """Knockout self-distillation: mean over answers of (1/|ŷ|) Σ_t KL( sg p(·| ŷ_<t, cut) ‖ p_θ(·| ŷ_<t) ), in nats, whole vocabulary, temperature 1.
 
     The teacher is the frozen model (adapter off) with one stream cut off by attention knockout (Geva et al. 2023, arXiv 2304.14767): the picture on
-    hear-questions, the sound on see-questions (the mirror). ŷ is the teacher's own greedy answer under that cut, so no label is used. The student sees
-    everything and learns to answer as if it had not looked. Defined by this project; distillation as in Hinton et al. 2015 (arXiv 1503.02531).
+    hear-questions, the sound on see-questions (the mirror). ŷ is the teacher's own greedy answer under that cut, so no label is used. The student
+    sees everything and learns to answer as if it had not looked. Defined by this project; distillation as in Hinton et al. 2015 (arXiv 1503.02531).
 
     teacher_logits, student_logits: (answers, tokens, vocabulary); no gradient reaches the teacher. mask: (answers, tokens) True at emitters of ŷ.
     """

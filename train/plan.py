@@ -65,6 +65,7 @@ class Plan:
     retention: Choice
     class_weights: Choice
     steps: Choice
+    lora_targets: list[str] = dataclasses.field(default_factory=list)  # modules that the layers and projections come to, in this model
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss term that is on."""
@@ -80,8 +81,9 @@ class Plan:
         """Read plan.json. Raises PlanError naming the file if it is not one."""
         try:
             raw = json.loads(Path(path).read_text())
-            return cls(**{name: Choice(**choice) for name, choice in raw.items()})
-        except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
+            targets = raw.pop("lora_targets")
+            return cls(**{name: Choice(**choice) for name, choice in raw.items()}, lora_targets=targets)
+        except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan of this version ({error}). Delete it and it is made again from the findings.") from None
 
 
@@ -96,7 +98,10 @@ def parse_cut(text: str) -> Cut:
 def make_plan(findings: Findings, config: Config) -> Plan:
     """Turn findings on the plan split into a plan. Raises PlanError where they show no bias, or no cut that a teacher could be made of."""
     if findings.split in ("test", "unseen"):
-        raise PlanError(f"These findings are of the {findings.split} split. A plan made from it would be graded on what it was chosen on: diagnose the plan split.")
+        raise PlanError(
+            f"These findings are of the {findings.split} split. A plan made from it would be graded on what it was chosen on: "
+            "diagnose the plan split."
+        )
     n_layers, loss = findings.n_layers, config.loss
     hear, hear_factual = _rate(findings, "counterfactual", "hear"), _rate(findings, "factual", "hear")
     see, see_factual = _rate(findings, "counterfactual", "see"), _rate(findings, "factual", "see")
@@ -111,20 +116,28 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         )
     mirror = _cut_choice(findings, "audio", "see", see, see_factual, loss.mirror_cut, n_layers)
     if mirror.value is None and loss.mirror:
-        raise PlanError(f"loss.mirror is {loss.mirror}, but no cut makes a teacher for see-questions: {mirror.because} Name one (--loss.mirror-cut) or leave loss.mirror out.")
+        raise PlanError(
+            f"loss.mirror is {loss.mirror}, but no cut makes a teacher for see-questions: {mirror.because} "
+            "Name one (--loss.mirror-cut) or leave loss.mirror out."
+        )
 
     fusion = _fusion_window(findings, teacher)
     layers = _lora_layers(fusion, teacher, mirror, n_layers, config.lora.layers)
     projections = _lora_projections(findings, teacher, config.lora.projections)
     total_gap = gap_hear + gap_see
     gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
-    distillation, mirrored = (min(1.5, max(0.5, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
+    shared = f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5."
+    weight_hear, weight_see = (min(1.5, max(0.5, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
+    distillation = Choice(round(weight_hear, 2), shared) if teacher.value else Choice(0.0, "There is no teacher cut.")
+    mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
+    ce = Choice(1.0, "The unit that the other weights are relative to.")
     if config.data.train_on == "factual":
-        ce = Choice(0.0, "Only factual clips are trained on, where the picture alone gives the right answer: cross-entropy there would teach nothing about listening.")
-    else:
-        ce = Choice(1.0, "The unit that the other weights are relative to.")
-    grids = max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap)
-    step_count = 10 * math.ceil(grids / config.schedule.grids / 10)
+        ce = Choice(0.0, "On factual clips the picture alone gives the right answer, so cross-entropy would teach nothing about listening.")
+    kept = Choice(
+        1.0, f"On factual clips {_percent(hear_factual)} of hear- and {_percent(see_factual)} of see-questions are right, which is to stay."
+    )
+    count = 10 * math.ceil(max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap) / config.schedule.grids / 10)
+    steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
     return Plan(
         fusion_window=fusion,
         teacher_cut=teacher,
@@ -132,27 +145,11 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         lora_layers=layers,
         lora_projections=projections,
         counterfactual_ce=_overridable(ce, loss.counterfactual_ce),
-        distillation=_overridable(
-            Choice(round(distillation, 2), f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5.")
-            if teacher.value is not None
-            else Choice(0.0, "There is no teacher cut."),
-            loss.distillation,
-        ),
-        mirror=_overridable(
-            Choice(round(mirrored, 2), f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5.")
-            if mirror.value is not None
-            else Choice(0.0, f"There is no mirror cut: {mirror.because}"),
-            loss.mirror,
-        ),
-        retention=_overridable(
-            Choice(1.0, f"On factual clips {_percent(hear_factual)} of hear- and {_percent(see_factual)} of see-questions are right, which is to stay."),
-            loss.retention,
-        ),
+        distillation=_overridable(distillation, loss.distillation),
+        mirror=_overridable(mirrored, loss.mirror),
+        retention=_overridable(kept, loss.retention),
         class_weights=_class_weights(findings, config),
-        steps=_overridable(
-            Choice(step_count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids a 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} grids a step."),
-            config.schedule.steps,
-        ),
+        steps=_overridable(steps, config.schedule.steps),
     )
 
 
@@ -162,7 +159,9 @@ def show(plan: Plan, console: Console | None = None) -> None:
     for heading in ("choice", "value", "because"):
         table.add_column(heading, overflow="fold")
     for item in dataclasses.fields(plan):
-        choice: Choice = getattr(plan, item.name)
+        choice = getattr(plan, item.name)
+        if not isinstance(choice, Choice):
+            continue
         value = choice.value
         if item.name == "class_weights" and value:
             value = f"{min(value.values())} to {max(value.values())} over {len(value)} classes"
@@ -178,14 +177,14 @@ def _require_bias(findings: Findings, config: Config, hear: float, hear_factual:
     if hear_factual - hear > NO_BIAS or see_factual - see > NO_BIAS or not config.loss.require_bias:
         return
     raise PlanError(
-        f"The findings show no bias in {findings.model}: right on hear-questions {_percent(hear)} with conflicting streams against {_percent(hear_factual)} on factual clips, "
-        f"on see-questions {_percent(see)} against {_percent(see_factual)}. There is nothing to mend. "
-        "If it fails elsewhere, diagnose it on clips of that kind (--data.clips); to train all the same, --no-loss.require-bias."
+        f"The findings show no bias in {findings.model}: on conflicts {_percent(hear)} of hear-questions are right (factual clips: "
+        f"{_percent(hear_factual)}) and {_percent(see)} of see-questions (factual clips: {_percent(see_factual)}). There is nothing to mend. "
+        "If it fails elsewhere, give it clips of that kind (--data.clips); to train all the same, --loss.no-require-bias."
     )
 
 
 def _cut_choice(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float, override: str | None, n_layers: int) -> Choice:
-    """The cut of `source` under which the other stream is named most often on counterfactual clips without harm on factual ones. None if there is none."""
+    """The cut of `source` under which the other stream is named most often on conflicts without harm on factual clips; None if there is none."""
     found = _best_cut(findings, source, question, uncut, uncut_factual)
     if override is None:
         return found
@@ -220,10 +219,12 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
             return Choice(None, f"of {tried} cuts of {source} {len(helping)} help, but each harms factual clips or was not measured on them.")
         return Choice(None, f"none of {tried} cuts of {source} raises the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
     top = max(value for value, _, _ in harmless)
-    value, effect, harm = max((h for h in harmless if h[0] >= top - TIE), key=lambda h: (_value(h[1].delta_logprob) or 0.0, h[1].start - h[1].stop, h[0]))
+    equal = [h for h in harmless if h[0] >= top - TIE]
+    value, effect, harm = max(equal, key=lambda h: (_value(h[1].delta_logprob) or 0.0, h[1].start - h[1].stop, h[0]))
     if by_rate:
         rate = getattr(effect, wanted)
-        numbers = f"the true {stream} is named in {_percent(value)} of conflicts ({_percent(rate.low)} to {_percent(rate.high)}, n {rate.n}), uncut {_percent(uncut)}"
+        numbers = f"the true {stream} is named in {_percent(value)} of {rate.n} conflicts ({_percent(rate.low)} to {_percent(rate.high)}), "
+        numbers += f"uncut {_percent(uncut)}"
     else:
         numbers = f"it raises the margin of the true {stream} by {value:.2f} nats a token"
     others = f"the best of {len(harmless)} harmless cuts among {tried} measured"
@@ -243,19 +244,16 @@ def _harm(factual: CutEffect, uncut: float) -> tuple[bool, str]:
 
 def _fusion_window(findings: Findings, teacher: Choice) -> Choice:
     """Layers inside windows where cutting video -> question+emitters raises log p of the true sound with the interval above 0."""
-    windows = [
-        e
-        for e in findings.knockout
-        if (e.site, e.family, e.condition, e.question) == ("video->question+emitters", "window", "counterfactual", "hear") and e.delta_logprob.low is not None
-    ]
+    wanted = ("video->question+emitters", "window", "counterfactual", "hear")
+    windows = [e for e in findings.knockout if (e.site, e.family, e.condition, e.question) == wanted and e.delta_logprob.low is not None]
     raising = [e for e in windows if e.delta_logprob.low is not None and e.delta_logprob.low > 0]
     if raising:
         start, stop = min(e.start for e in raising), max(e.stop for e in raising)
         top = max(raising, key=lambda e: e.delta_logprob.value or 0.0)
         return Choice(
             [start, stop],
-            f"{len(raising)} of {len(windows)} windows raise log p of the true sound with the interval above 0 when video is cut from question and emitters, "
-            f"most in layers {top.start}:{top.stop} (+{top.delta_logprob.value:.2f} nats a token).",
+            f"Cutting video from question and emitters raises log p of the true sound with the interval above 0 in {len(raising)} of "
+            f"{len(windows)} windows, most in {top.start}:{top.stop} ({top.delta_logprob.value:+.2f} nats a token).",
         )
     if teacher.value is None:
         return Choice(None, "No window was measured or none raises log p of the true sound, and there is no teacher cut to go by.")
@@ -286,9 +284,13 @@ def _lora_projections(findings: Findings, teacher: Choice, override: tuple[str, 
     effects = [e for e in findings.knockout if _name(e) == teacher.value and (e.condition, e.question) == ("counterfactual", "hear")]
     rate = _value(effects[0].audio) if effects else None
     if rate is not None and rate >= ATTENTION_SUFFICES:
-        found = Choice(ATTENTION, f"Shutting attention paths alone brings audio-following to {_percent(rate)}, so changing what is attended to is enough.")
+        found = Choice(
+            ATTENTION, f"Shutting attention paths alone brings audio-following to {_percent(rate)}: changing what is attended to is enough."
+        )
     elif rate is not None:
-        found = Choice(ATTENTION + MLP, f"Shutting attention paths brings audio-following to {_percent(rate)} only, so what is made of the sound has to change too.")
+        found = Choice(
+            ATTENTION + MLP, f"Shutting attention paths brings audio-following to {_percent(rate)} only: what is made of the sound has to change too."
+        )
     else:
         found = Choice(ATTENTION, "What is attended to is what has to change; no answer rate under the teacher cut says that it is not enough.")
     return _overridable(found, list(override) if override is not None else None)
@@ -306,20 +308,23 @@ def _class_weights(findings: Findings, config: Config) -> Choice:
     rates = {name: (failed[name] + 2 * mean) / (count[name] + 2) for name in sorted(count)}
     weights = {name: round(0.5 + 0.5 * rate / mean, 2) for name, rate in rates.items()}
     worst = max(rates, key=lambda name: rates[name])
-    return Choice(weights, f"{_sentence(f'on {len(asked)} conflicts {_percent(mean)} of sounds are not named, most often {worst!r}')} Weight ½ + ½ failure / mean failure.")
+    because = f"On {len(asked)} conflicts {_percent(mean)} of sounds are not named, most often {worst!r}. Weight ½ + ½ failure / mean failure."
+    return Choice(weights, because)
 
 
 # ---------------------------------------------------------------- small helpers
 
 
 def _overridable(found: Choice, override: Any) -> Choice:
-    return found if override is None else Choice(override, f"Set in the configuration. From the findings: {found.value}. {found.because}", overridden=True)
+    if override is None:
+        return found
+    return Choice(override, f"Set in the configuration. From the findings: {found.value}. {found.because}", overridden=True)
 
 
 def _rate(findings: Findings, condition: str, question: str) -> float:
     row = findings.following_rate(condition, question)
     if row is None or row.correct.value is None:
-        raise PlanError(f"The findings have no following rates for {question}-questions on {condition} clips, which every choice is measured against. Diagnose with them.")
+        raise PlanError(f"The findings have no rates for {question}-questions on {condition} clips, which every choice is measured against.")
     return row.correct.value
 
 

@@ -165,7 +165,7 @@ def test_self_check_catches_attention_that_ignores_cuts(tiny, media, implementat
 
 def test_self_check_catches_a_cut_that_does_nothing(tiny, media, monkeypatch):
     monkeypatch.setattr(Instruments, "blocked", lambda *_: None)
-    with pytest.raises(CutError, match="nothing|rows|changed"):
+    with pytest.raises(CutError, match=r"nothing|rows|changed"):
         self_check(tiny, media[0], HEAR)
 
 

@@ -27,7 +27,10 @@ def stock_inputs(tiny, path, question, answer="", video=True, audio=True):
     )
     media = {}
     if video:
-        media |= {"videos": [torch.as_tensor(read_video(path, tiny.fps))], "videos_kwargs": {"size": tiny.video_size, "fps": tiny.fps, "do_sample_frames": False}}
+        media |= {
+            "videos": [torch.as_tensor(read_video(path, tiny.fps))],
+            "videos_kwargs": {"size": tiny.video_size, "fps": tiny.fps, "do_sample_frames": False},
+        }
     if audio:
         media |= {"audio": [read_audio(path)]}
     if video and audio:
@@ -94,7 +97,14 @@ def test_span_is_the_label_and_scores_by_hand(tiny, media):
 
 def test_padding_does_not_change_a_row(tiny, media):
     alone = tiny.forward(tiny.batch([tiny.sequence(media[0], "What do you hear?", ANSWER)]))
-    padded = tiny.forward(tiny.batch([tiny.sequence(media[1], "Describe the video and its sound.", "I see a cat and I hear a cat meowing."), tiny.sequence(media[0], "What do you hear?", ANSWER)]))
+    padded = tiny.forward(
+        tiny.batch(
+            [
+                tiny.sequence(media[1], "Describe the video and its sound.", "I see a cat and I hear a cat meowing."),
+                tiny.sequence(media[0], "What do you hear?", ANSWER),
+            ]
+        )
+    )
     torch.testing.assert_close(padded[1, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
 
 

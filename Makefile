@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up everything they need: a virtual environment in .venv and the packages of pyproject.toml.
+# PYTHON=python3.12 picks another interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo demo-label-free test lint organism clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "avbalance needs Python 3.11 or newer; say make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## diagnose the biased organism, fine-tune it, diagnose it again, write the page
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml train
+
+demo-label-free: setup  ## the same without a single sound label in training
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml train --config configs/organism_label_free.yaml
+
+test: setup lint  ## what CI runs
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy data models analysis train
+
+organism: setup  ## rebuild the checkpoints in models/organism (under 20 minutes on 2 cores)
+	$(BIN)/python -m models.organism
+
+clean:
+	rm -rf .venv runs build .pytest_cache .ruff_cache .mypy_cache *.egg-info

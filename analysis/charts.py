@@ -1,0 +1,269 @@
+"""Small charts as SVG: lines over layers, paired bars, stacks. Used by the page and for the README's picture.
+
+Drawn by hand rather than by plotly because the page must follow the reader's light or dark scheme, print, and stay small: plotly's script alone is
+5 MB, its colours cannot follow the scheme, and a static plotly picture needs a browser. Colours are the tones of templates/chart.css; shapes
+carry a class `t-<tone>` only. Every number is in a <title> (the page's script shows it at once) and in the summary that screen readers get.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
+
+from analysis.findings import Estimate
+from analysis.tables import number, percent
+
+
+@dataclass
+class Series:
+    """One line: `points` are (x, estimate), `apart` an estimate that stands alone at the last tick, `dashed`: before, `band`: draw intervals."""
+
+    name: str
+    tone: str
+    points: list[tuple[float, Estimate]]
+    dashed: bool = False
+    band: bool = True
+    apart: Estimate | None = None
+
+    def measured(self) -> list[tuple[float, Estimate]]:
+        """The points of the line that have a value."""
+        return [(x, e) for x, e in self.points if e.value is not None]
+
+
+class Drawing(NamedTuple):
+    """Shapes in a box of `width` × `height` px, with the summary that is read aloud."""
+
+    body: Markup
+    width: float
+    height: float
+    summary: str
+
+    def svg(self, attributes: Markup | str = "") -> Markup:
+        """A whole <svg> that scales with its container."""
+        box = f"0 0 {self.width:g} {self.height:g}"
+        return Markup('<svg class="chart" viewBox="{}" role="img" aria-label="{}" {}>{}</svg>').format(box, self.summary, attributes, self.body)
+
+
+def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> Markup:
+    """A line of text; `kind` is a class of chart.css."""
+    return Markup('<text x="{:.1f}" y="{:.1f}" class="{}" text-anchor="{}">{}</text>').format(x, y, kind, anchor, content)
+
+
+def joined(parts: Sequence[Markup]) -> Markup:
+    """Shapes one after another."""
+    return Markup("").join(parts)
+
+
+def tick_steps(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers that cover [low, high], about `count` of them, 0 among them where the range holds it."""
+    if high <= low:
+        high = low + 1
+    raw = (high - low) / count
+    magnitude = 10 ** math.floor(math.log10(raw))
+    step = magnitude * next(m for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw - 1e-12)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * k for k in range(first, last + 1)]
+
+
+def span(series: Sequence[Series]) -> list[float]:
+    """Ticks that hold all points and intervals of these lines, and 0: pass it to the charts that should share an axis."""
+    values = [v for s in series for _, e in s.measured() for v in (e.value, e.low if s.band else None, e.high if s.band else None) if v is not None]
+    return tick_steps(min([0.0, *values]), max([0.0, *values]))
+
+
+RATES = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def lines(
+    series: Sequence[Series],
+    ticks: Sequence[tuple[float, str]],
+    y_ticks: Sequence[float],
+    title: str,
+    x_title: str,
+    as_percent: bool = True,
+    grey_band: Sequence[tuple[float, float, float]] = (),
+    width: float = 330,
+    height: float = 190,
+) -> Drawing:
+    """Lines over layers (or checkpoints). `grey_band`: (x, low, high) of the controls. `ticks`: x positions and their labels, thinned to fit."""
+    left, right, top, bottom = 40.0, 10.0, 10.0, 34.0
+    xs = [x for x, _ in ticks]
+    x_low, x_high = min(xs, default=0.0), max(xs, default=1.0)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def px(x: float) -> float:
+        return left + 8 + (width - left - right - 16) * ((x - x_low) / (x_high - x_low) if x_high > x_low else 0.5)
+
+    def py(y: float) -> float:
+        return height - bottom - (height - top - bottom) * (min(max(y, y_low), y_high) - y_low) / (y_high - y_low)
+
+    show = percent if as_percent else number
+    parts = []
+    for y in y_ticks:
+        kind = "axis" if abs(y) < 1e-12 else "grid"
+        parts.append(Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(kind, left, width - right, py(y), py(y)))
+        parts.append(text(left - 6, py(y) + 3.5, f"{100 * y:.0f} %" if as_percent else f"{y:g}".replace("-", "−"), "tick", "end"))
+    stride = max(1, math.ceil(len(ticks) * max((len(label) for _, label in ticks[:-1]), default=1) * 8 / (width - left - right)))
+    for k, (x, label) in enumerate(ticks):
+        if k % stride == 0 or (k == len(ticks) - 1 and k % stride > stride / 2):
+            half = 3.3 * len(label)  # labels of the outer ticks stay inside
+            parts.append(text(min(px(x), width - half - 2), height - bottom + 15, label, "tick", "middle"))
+    parts.append(text((left + width - right) / 2, height - 4, x_title, "tick", "middle"))
+    if grey_band:
+        outline = [(px(x), py(high)) for x, _, high in grey_band] + [(px(x), py(low)) for x, low, _ in reversed(grey_band)]
+        parts.append(Markup('<polygon class="control" points="{}"/>').format(_path(outline)))
+    found: dict[float, list[str]] = {}
+    for s in series:  # bands lie under all lines
+        bounded = [(x, e.low, e.high) for x, e in s.measured() if e.low is not None and e.high is not None]
+        if s.band and len(bounded) > 1:
+            outline = [(px(x), py(high)) for x, _, high in bounded] + [(px(x), py(low)) for x, low, _ in reversed(bounded)]
+            parts.append(Markup('<polygon class="band t-{}" points="{}"/>').format(s.tone, _path(outline)))
+    for s in series:
+        style = f"t-{s.tone}" + (" before" if s.dashed else "")
+        known = s.measured()
+        if len(known) > 1:
+            parts.append(Markup('<polyline class="line {}" points="{}"/>').format(style, _path([(px(x), py(e.value or 0.0)) for x, e in known])))
+        alone = [(x_high, s.apart)] if s.apart and s.apart.value is not None else []
+        for x, e in [*known, *alone]:
+            if s.band and e.low is not None and e.high is not None and (len(known) == 1 or (x, e) in alone):
+                template = Markup('<line class="bound {}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+                parts.append(template.format(style, px(x), px(x), py(e.low), py(e.high)))
+            parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(style, px(x), py(e.value or 0.0)))
+            found.setdefault(x, []).append(f"{s.name}: {show(e)}, n = {e.n}")
+    reach = (width - left - right) / max(len(ticks), 1)
+    for x, label in ticks:
+        if x in found:
+            box = (px(x) - reach / 2, top, reach, height - top - bottom)
+            parts.append(_hit(*box, "\n".join([f"{x_title}: {label}", *found[x]])))
+    return Drawing(joined(parts), width, height, f"{title}. " + " ".join(_spoken(s, ticks, show) for s in series))
+
+
+class Bar(NamedTuple):
+    """One measure with its bars from top to bottom: (name, estimate); the last is drawn solid, earlier ones light."""
+
+    label: str
+    tone: str
+    values: list[tuple[str, Estimate]]
+
+
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, width: float = 720, label_width: float = 185) -> Drawing:
+    """Horizontal bars of rates 0–100 % with their intervals, in groups with a heading."""
+    parts, summary, y = [], [title + "."], 4.0
+    scale = width - label_width - 70
+    thick = 13.0
+    for heading, rows in groups:
+        y += 16
+        parts.append(text(0, y, heading, "heading"))
+        y += 9
+        for bar in rows:
+            height = thick * len(bar.values)
+            parts.append(text(label_width - 10, y + height / 2 + 4, bar.label, "label", "end"))
+            for k, (name, e) in enumerate(bar.values):
+                solid = k == len(bar.values) - 1
+                top = y + k * thick
+                parts.append(
+                    Markup('<rect class="track" x="{}" y="{:.1f}" width="{:.1f}" height="{}"/>').format(label_width, top + 1, scale, thick - 2)
+                )
+                if e.value is None:
+                    parts.append(text(label_width + 6, top + thick - 3, f"{name}: not measured", "tick"))
+                    continue
+                kind = f"bar t-{bar.tone}" + ("" if solid else " before")
+                size = max(1.0, scale * e.value)
+                parts.append(
+                    Markup('<rect class="{}" x="{}" y="{:.1f}" width="{:.1f}" height="{}" rx="1.5"/>').format(
+                        kind, label_width, top + 1, size, thick - 2
+                    )
+                )
+                end = label_width + scale * e.value
+                if e.low is not None and e.high is not None:
+                    a, b = label_width + scale * e.low, label_width + scale * e.high
+                    parts.append(
+                        Markup('<line class="whisker" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                            a, b, top + thick / 2, top + thick / 2
+                        )
+                    )
+                    end = max(end, b)
+                shown = f"{100 * e.value:.1f} %"
+                parts.append(text(end + 6, top + thick - 3, shown, "value" if solid else "value faint"))
+                parts.append(_hit(0, top, width, thick, f"{heading}: {bar.label}\n{name}: {percent(e)}\nn = {e.n} from {e.clusters} sources"))
+                summary.append(f"{heading}, {bar.label}, {name}: {percent(e)}.")
+            y += height + 7
+        y += 5
+    return Drawing(joined(parts), width, y, " ".join(summary))
+
+
+def columns(
+    layers: Sequence[tuple[str, Sequence[tuple[str, str, Estimate]]]], title: str, x_title: str, width: float = 330, height: float = 190
+) -> Drawing:
+    """One stacked column per layer: (label, [(name, tone, share)]), shares that sum to 1."""
+    left, right, top, bottom = 40.0, 4.0, 10.0, 34.0
+    scale, step = height - top - bottom, (width - left - right) / max(len(layers), 1)
+    parts = []
+    for y in RATES:
+        parts.append(text(left - 6, height - bottom - scale * y + 3.5, f"{100 * y:.0f} %", "tick", "end"))
+    stride = max(1, math.ceil(18 / step))
+    for k, (label, shares) in enumerate(layers):
+        x, y = left + k * step, height - bottom
+        for _, tone, e in shares:
+            size = scale * max(e.value or 0.0, 0.0)
+            y -= size
+            parts.append(
+                Markup('<rect class="bar t-{}" x="{:.1f}" y="{:.2f}" width="{:.1f}" height="{:.2f}"/>').format(tone, x + 0.7, y, step - 1.4, size)
+            )
+        if k % stride == 0:
+            parts.append(text(x + step / 2, height - bottom + 15, label, "tick", "middle"))
+        parts.append(_hit(x, top, step, scale, "\n".join([f"{x_title} {label}", *(f"{name}: {percent(e)}" for name, _, e in reversed(shares))])))
+    parts.append(text((left + width - right) / 2, height - 4, x_title, "tick", "middle"))
+    first, last = (layers[0][1], layers[-1][1]) if layers else ((), ())
+    spoken = [f"{name} {percent(a)} in the first layer, {percent(b)} in the last." for (name, _, a), (_, _, b) in zip(first, last, strict=True)]
+    return Drawing(joined(parts), width, height, f"{title}. " + " ".join(spoken))
+
+
+def stacked_rows(
+    rows: Sequence[tuple[str, str, Sequence[tuple[str, str, Estimate]], str]], title: str, width: float = 720, label_width: float = 190
+) -> Drawing:
+    """One stacked horizontal bar per row: (label, note under it, [(name, tone, share)], text at the end). A row without label
+    continues the one above."""
+    parts, summary, y = [], [title + "."], 2.0
+    scale = width - label_width - 90
+    for label, note, shares, end in rows:
+        y += 9 if label else 0
+        parts.append(text(label_width - 62, y + 13, label, "label", "end"))
+        parts.append(text(label_width - 10, y + 13, note, "tick", "end"))
+        x = float(label_width)
+        for _, tone, e in shares:
+            size = scale * max(e.value or 0.0, 0.0)
+            parts.append(Markup('<rect class="bar t-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="15"/>').format(tone, x, y + 1, max(size - 1, 0)))
+            if size > 40:
+                parts.append(text(x + 5, y + 12.5, f"{100 * (e.value or 0):.0f} %", f"inside on-{tone}"))
+            x += size
+        parts.append(text(label_width + scale + 8, y + 13, end, "tick"))
+        detail = [f"{name}: {percent(e)}, n = {e.n}" for name, _, e in shares]
+        parts.append(_hit(0, y, width, 17, "\n".join([f"{label} {note}".strip(), *detail, end])))
+        summary.append(f"{label} {note}: " + ", ".join(detail) + ".")
+        y += 18
+    return Drawing(joined(parts), width, y + 4, " ".join(summary))
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _hit(x: float, y: float, width: float, height: float, tip: str) -> Markup:
+    """An invisible area that shows its text when pointed at."""
+    template = Markup('<rect class="hit" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>')
+    return template.format(x, y, width, height, escape(tip))
+
+
+def _spoken(series: Series, ticks: Sequence[tuple[float, str]], show) -> str:
+    names = dict(ticks)
+    points = series.measured()
+    if not points:
+        return f"{series.name}: not measured."
+    top = max(points, key=lambda p: p[1].value or 0.0)
+    parts = [f"{show(points[0][1])} at {names.get(points[0][0], points[0][0])}", f"highest {show(top[1])} at {names.get(top[0], top[0])}"]
+    return f"{series.name}: {', '.join(parts)}."

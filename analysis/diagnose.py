@@ -1,0 +1,367 @@
+"""Run the diagnostics of DESIGN section 4 on a model and one split of a clip folder.
+
+    from analysis.diagnose import DiagnoseSettings, diagnose
+    findings = diagnose(load_model("models/organism/avllm"), load_clips("runs/clips"), DiagnoseSettings(), split="test")
+    findings.save("findings.json")
+
+    diagnose(model, clips, DiagnoseSettings.quick(120), split="selection")   # following and reliance only: for checkpoints
+
+The clips are visited in batches, each with one media prefix, on top of which every diagnostic asks its questions. Which clips, where fewer than all are
+asked for, is decided by a hash of the seed and their ids: the same for every model, and a smaller subset is part of a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from analysis.findings import Findings
+from analysis.flow import FlowTally
+from analysis.knockout import KnockoutSweep
+from analysis.probing import LensTally, ProbeFeatures, probe_rows, random_weights
+from analysis.reliance import FollowingTally, ScoreTable, reliance_rows, want_grids
+from analysis.shift import ShiftTally
+from analysis.visits import MODALITIES, Subject, Visit
+from data.clips import Clip, Clips, DataError, Grid
+from data.questions import question
+from models import AVLLM, SITES, load_model
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "av", "torchvision")
+PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "min_frames", "sampling_rate", "hop_length", "feature_size")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DiagnoseSettings:
+    """What is measured, and on how many clips. Counts: None is all there are, 0 is none."""
+
+    counterfactual: int | None = None
+    """Counterfactual clips (conflicts)."""
+    factual: int | None = None
+    """Factual clips."""
+    alone: int | None = None
+    """Of the factual clips, how many are also asked about with sound only and with picture only."""
+    unseen: int | None = None
+    """Clips per condition of the split of unseen sources that are asked about beside the test split."""
+    grids: int | None = 300
+    """2x2 grids for modality reliance."""
+    flow: bool = True
+    """Attention flow."""
+    lens: bool = True
+    """Logit lens, and latent audio understanding from it."""
+    probes: bool = True
+    """Linear probes."""
+    shift: int | None = 200
+    """Clips per condition for token-distribution shift against the base."""
+    knockout: int | None = 100
+    """Counterfactual clips for the attention knockout sweep."""
+    knockout_factual: int | None = 50
+    """Factual clips for the attention knockout sweep."""
+    knockout_media: int | None = 24
+    """Clips per condition for cuts into media rows (video->audio, audio->video): each of these needs its own prefix."""
+    knockout_sites: tuple[str, ...] = tuple(SITES)
+    """Sites that are cut."""
+    knockout_width: int = 3
+    """Layers in a sliding window."""
+    knockout_answers: int = 1
+    """For how many of each site's best cuts greedy answers are generated. -1: for every cut."""
+    lens_k: int = 5
+    """A word counts as seen by the lens when it is among this many top tokens."""
+    probe_folds: int = 10
+    """Folds of the linear probes."""
+    probe_random: bool = False
+    """Also probe the model with random weights in its decoder, as a control. Another pass over the conflicts."""
+    max_new_tokens: int = 24
+    """Longest answer."""
+    draws: int = 1000
+    """Bootstrap draws."""
+    seed: int = 0
+    """Chooses clips where not all are used, shuffles labels, draws the bootstrap."""
+    batch: int = 48
+    """Clips to a visit. Does not change what is measured."""
+    suffix_batch: int = 128
+    """Questions to a batch on top of a visit. Does not change what is measured."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < (-1 if name == "knockout_answers" else 0):
+                raise ValueError(f"{name} is {value}: it is a number of things and cannot be negative.")
+        for name in ("batch", "suffix_batch", "draws", "max_new_tokens", "lens_k", "knockout_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} has to be at least 1.")
+        if self.probe_folds < 2:
+            raise ValueError("probe_folds has to be at least 2.")
+        if unknown := sorted(set(self.knockout_sites) - set(SITES)):
+            raise ValueError(f"knockout_sites names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
+
+    @classmethod
+    def quick(cls, clips: int | None = 120, **changes: Any) -> DiagnoseSettings:
+        """Following and reliance only, on this many clips per condition (and half as many grids): what a checkpoint is judged by."""
+        grids = None if clips is None else clips // 2
+        none = {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
+        return replace(cls(counterfactual=clips, factual=clips, grids=grids), **{**none, **changes})
+
+
+class Chosen(NamedTuple):
+    """The clips and grids of one diagnosis."""
+
+    factual: list[Clip]
+    counterfactual: list[Clip]
+    grids: list[Grid]
+
+
+def choose(clips: Clips, split: str, settings: DiagnoseSettings) -> Chosen:
+    """The subset of a split: grids in hash order, then the clips in the order in which these grids name them, then clips of no grid."""
+    by_id = clips.by_id()
+    grids = sorted((g for g in clips.grids if g.split == split), key=lambda g: _hash(settings.seed, g.id))
+
+    def ordered(condition: str, cells: Callable[[Grid], tuple[str, str]]) -> list[Clip]:
+        rest = sorted(clips.select(split, condition), key=lambda c: _hash(settings.seed, c.id))
+        named = [by_id[name] for grid in grids for name in cells(grid)]
+        return list({c.id: c for c in [*named, *rest]}.values())
+
+    return Chosen(
+        first(ordered("factual", lambda g: (g.oo, g.xx)), settings.factual),
+        first(ordered("counterfactual", lambda g: (g.ox, g.xo)), settings.counterfactual),
+        first(grids, settings.grids),
+    )
+
+
+def _hash(seed: int, name: str) -> str:
+    return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
+
+
+def first(items: Sequence[T], count: int | None) -> list[T]:
+    """The first `count` items; None is all."""
+    return list(items if count is None else items[:count])
+
+
+def diagnose(model: AVLLM, clips: Clips, settings: DiagnoseSettings | None = None, split: str = "test", progress: bool = True) -> Findings:
+    """Measure everything that `settings` asks for on one split.
+
+    Raises DataError for clips that cannot be used (also: sound that left no tokens), ModelError for a base that cannot be loaded, CutError where the
+    self-check finds that a cut would not do what it says.
+    """
+    settings = settings or DiagnoseSettings()
+    chosen = choose(clips, split, settings)
+    if not chosen.factual and not chosen.counterfactual:
+        raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
+    findings = Findings(model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, stated(model, clips, settings, split, chosen))
+    training = model.thinker.training
+    model.thinker.eval()
+    try:
+        with _bar(progress) as bar:
+            _Diagnosis(model, clips, settings, split, chosen, findings, bar).run()
+    finally:
+        model.thinker.train(training)
+    return findings
+
+
+def _bar(progress: bool) -> Progress:
+    columns = TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True)
+
+
+class _Diagnosis:
+    """One run of `diagnose`: which visits are made, and who looks at each."""
+
+    def __init__(self, model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen, findings: Findings, bar: Progress):
+        self.model, self.clips, self.settings, self.split, self.chosen, self.findings, self.bar = model, clips, settings, split, chosen, findings, bar
+        self.subject = Subject(model, clips, settings.max_new_tokens, settings.suffix_batch)
+        self.by_id = clips.by_id()
+        self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
+        self.unseen = {
+            f"unseen_{condition}": getattr(choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)), condition)
+            for condition in self.conditions
+            if split == "test"
+        }
+        self.following, self.table = FollowingTally(), ScoreTable()
+        self.task = bar.add_task("starting", total=None)
+
+    def run(self) -> None:
+        """All visits, then all numbers."""
+        settings, chosen, findings, out = self.settings, self.chosen, self.findings, self.findings.left_out
+        conflicts = bool(chosen.counterfactual)
+        for condition, clips in self.conditions.items():
+            if not clips:
+                out.append(f"Nothing was measured on {condition} clips: there are none in the split, or none were asked for.")
+        want_grids(self.table, chosen.grids, self.by_id)
+        flow = FlowTally() if settings.flow else None
+        lens = LensTally(self.subject, settings.lens_k) if settings.lens and conflicts else None
+        features = ProbeFeatures() if settings.probes and conflicts else None
+        shift = self._shift() if settings.shift != 0 else None
+        sweep = None
+        if settings.knockout_sites and (settings.knockout != 0 or settings.knockout_factual != 0):
+            media = settings.knockout_media if settings.knockout_media is not None else len(self.by_id)
+            sweep = KnockoutSweep(self.subject, settings.knockout_sites, settings.knockout_width, media)
+        caps = {"factual": settings.knockout_factual, "counterfactual": settings.knockout}
+        self._total(features, sweep)
+
+        for condition, clips in self.conditions.items():
+            swept = len(first(clips, caps[condition])) if sweep else 0
+            shifted = len(first(clips, settings.shift)) if shift else 0
+            taps = bool(flow or (condition == "counterfactual" and (lens or features)))
+            self.bar.update(self.task, description=f"{condition} clips")
+            for start, part in self._parts(clips, (swept, shifted)):
+                visit = Visit(self.subject, part, condition, taps=taps)
+                self.following.add(visit)
+                self.table.add(visit)
+                if flow:
+                    flow.add(visit)
+                if lens and condition == "counterfactual":
+                    lens.add(visit)
+                if features and condition == "counterfactual":
+                    features.add(visit)
+                if shift and start < shifted:
+                    shift.add(visit)
+                if sweep and start < swept:
+                    sweep.add(visit)
+                self.bar.advance(self.task, len(part) * (4 if start < swept else 1))
+        self._other_following()
+        self._rest_of_grids()
+        if sweep:
+            self._cut_answers(sweep, caps)
+
+        draws, seed = settings.draws, settings.seed
+        if features:
+            silent = self._control(chosen.counterfactual, "without sound", audio=False)
+            random = self._control(chosen.counterfactual, "random weights", weights=True) if settings.probe_random else None
+            self.bar.update(self.task, description="fitting probes")
+            findings.probes = probe_rows(features, silent, random, settings.probe_folds, draws, seed)
+            out.append("Probes: the control without sound exists only for the sound's label where there are rows without sound (question, last prompt row).")
+            if random is None:
+                out.append("Probes: the control with random weights was not asked for.")
+        self.bar.update(self.task, description="intervals")
+        findings.following = self.following.rows(draws, seed)
+        findings.samples = self.following.samples
+        if chosen.grids:
+            findings.reliance = reliance_rows(self.table, chosen.grids, self.by_id, draws, seed)
+        elif settings.grids != 0:
+            out.append("Modality reliance: the split has no grids.")
+        if flow:
+            findings.flow = flow.rows(draws, seed)
+        if lens:
+            findings.lens, findings.latent = lens.rows(draws, seed), lens.latent(draws, seed)
+        if shift:
+            findings.shift = shift.rows(draws, seed)
+        if sweep:
+            findings.knockout = sweep.rows(draws, seed)
+        off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "knockout": sweep}
+        if names := [name for name, tally in off.items() if tally is None]:
+            out.append(f"Not measured: {', '.join(names)} (not asked for, or nothing to measure on).")
+
+    # ---------------------------------------------------------------- parts
+
+    def _parts(self, clips: Sequence[Clip], ends: Iterable[int] = ()) -> Iterable[tuple[int, list[Clip]]]:
+        """(start, clips) of each visit. No visit goes across one of `ends`, so that a diagnostic on the first n clips gets whole visits."""
+        cuts = sorted({0, len(clips), *(e for e in ends if e < len(clips))})
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            for start in range(begin, end, self.settings.batch):
+                yield start, list(clips[start : min(end, start + self.settings.batch)])
+
+    def _total(self, features: ProbeFeatures | None, sweep: KnockoutSweep | None) -> None:
+        """How many steps the bar has: clips to visit, those of the sweep counted four times."""
+        chosen, settings = self.chosen, self.settings
+        steps = len(chosen.factual) + len(chosen.counterfactual) + 2 * len(first(chosen.factual, settings.alone)) + sum(map(len, self.unseen.values()))
+        if features:
+            steps += len(chosen.counterfactual) * (2 if settings.probe_random else 1)
+        if sweep:
+            steps += 3 * (len(first(chosen.factual, settings.knockout_factual)) + len(first(chosen.counterfactual, settings.knockout)))
+        self.bar.update(self.task, total=steps)
+
+    def _other_following(self) -> None:
+        """Answers with one stream only, and about unseen sources."""
+        alone = first(self.chosen.factual, self.settings.alone)
+        jobs: list[tuple[str, list[Clip], bool, bool]] = [("audio_only", alone, False, True), ("video_only", alone, True, False)]
+        jobs += [(condition, clips, True, True) for condition, clips in self.unseen.items()]
+        for condition, clips, video, audio in jobs:
+            self.bar.update(self.task, description=condition.replace("_", " "))
+            for _, part in self._parts(clips):
+                self.following.add(Visit(self.subject, part, condition, video=video, audio=audio))
+                self.bar.advance(self.task, len(part))
+
+    def _rest_of_grids(self) -> None:
+        """Cells of grids that were not among the clips asked about."""
+        for _, part in self._parts([self.by_id[name] for name in self.table.missing()]):
+            self.table.add(Visit(self.subject, part, "grid"))
+
+    def _shift(self) -> ShiftTally | None:
+        base = None
+        if self.model.base_path is None:
+            self.findings.left_out.append("Token shift: this model has no vision-language base, so its proxy is the same model without its sound.")
+        else:
+            base = load_model(self.model.base_path, device=self.model.device, dtype=self.model.dtype)
+        tally = ShiftTally(self.subject, base)
+        if not tally.speaks_alike:
+            self.findings.left_out.append(f"Token shift: the base {self.model.base_path} has another tokenizer, so answers cannot be teacher-forced through it.")
+            return None
+        return tally
+
+    def _cut_answers(self, sweep: KnockoutSweep, caps: dict[str, int | None]) -> None:
+        """Greedy answers under the best cuts: conflicts of the reporting half, and the factual clips."""
+        wanted = self.settings.knockout_answers
+        cuts = sweep.best(10**6 if wanted < 0 else wanted)
+        if not cuts:
+            return
+        _, report = sweep.halves()
+        if wanted < 0:  # nothing is chosen, so nothing has to be kept apart
+            report = {clip.id for clip in self.chosen.counterfactual}
+        self.bar.update(self.task, description="answers under cuts")
+        for condition, clips in self.conditions.items():
+            mine = [c for c in first(clips, caps[condition]) if condition == "factual" or c.id in report]
+            for _, part in self._parts(mine):
+                sweep.answer(Visit(self.subject, part, condition), cuts)
+        self.findings.left_out.append(
+            "Knockout: the best cuts were chosen on one half of the conflicts and their answers measured on the other; all other cuts were only scored."
+            if wanted > 0
+            else "Knockout: answers were generated under every cut, so nothing was chosen here; whoever picks the best of them picks on the clips it is reported on."
+        )
+
+    def _control(self, clips: Sequence[Clip], name: str, audio: bool = True, weights: bool = False) -> ProbeFeatures:
+        """Probe features of the same clips under a control."""
+        self.bar.update(self.task, description=f"probes, {name}")
+        out = ProbeFeatures()
+        with random_weights(self.model, self.settings.seed) if weights else nullcontext():
+            for _, part in self._parts(clips):
+                out.add(Visit(self.subject, part, name, audio=audio, taps=True))
+                self.bar.advance(self.task, len(part))
+        return out
+
+
+def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen) -> dict[str, Any]:
+    """Everything that moves scores. `device`, `threads`, `batch_size` and `clips_folder` do not, and `compare` ignores them."""
+    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in ("batch", "suffix_batch")}
+    there = {c: len(clips.select(split, c)) for c in ("factual", "counterfactual")}
+    return {
+        **asked,
+        "subset": f"{len(chosen.factual)} of {there['factual']} factual and {len(chosen.counterfactual)} of {there['counterfactual']} counterfactual clips and "
+        f"{len(chosen.grids)} of {sum(g.split == split for g in clips.grids)} grids of the {split} split, the first by sha256 of seed and id",
+        "questions": {modality: question(modality) for modality in MODALITIES},
+        "system_prompt": model.system_prompt,
+        "decoding": f"greedy, at most {settings.max_new_tokens} tokens",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "processor": _processor(model),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "batch_size": {"clips": settings.batch, "questions": settings.suffix_batch},
+        "clips_folder": str(clips.root),
+    }
+
+
+def _processor(model: AVLLM) -> dict[str, Any]:
+    """Frame rate, sizes and sampling of the model's own processor."""
+    out: dict[str, Any] = {"class": type(model.processor).__name__, "frames_per_second": model.fps}
+    for part in ("video_processor", "feature_extractor"):
+        values = getattr(model.processor, part).to_dict()
+        out[part] = {name: values[name] for name in PROCESSOR_FIELDS if name in values}
+    return out

@@ -1,0 +1,50 @@
+"""Attention flow: how much attention the question rows and the emitters pay to each kind of token, layer by layer (DESIGN 4.3).
+
+Read off while the model speaks its own greedy answer to the hear-question. Three variants: plain weights; without the first token (the attention sink),
+the rest made to sum to 1 again; and weighted by the norm of the value vectors (Kobayashi et al. 2020). Attention is not influence: for causes see knockout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.findings import Flow
+from analysis.visits import Resampler, Visit, clip_clusters
+from data.clips import Clip
+from models import Kind
+
+VARIANTS = ("plain", "no_sink", "value_norm")
+TARGETS = ("question", "emitters")
+SOURCES = {"system": Kind.SYSTEM, "video": Kind.VIDEO, "audio": Kind.AUDIO, "question": Kind.QUESTION, "emitters": Kind.EMITTER}
+
+
+class FlowTally:
+    """Attention mass of all visits (made with `taps=True`). `add` each visit, then `rows()`."""
+
+    def __init__(self, modality: str = "hear"):
+        self.modality = modality
+        self._mass: dict[str, list[NDArray]] = {}
+        self._clips: dict[str, list[Clip]] = {}
+
+    def add(self, visit: Visit) -> None:
+        """Take the mass from the model's spoken answers. Raises ValueError where kinds do not sum to 1: then rows were lost on the way."""
+        flow = visit.spoken(self.modality).flow
+        assert flow is not None, "the visit was made without taps"
+        mass = flow.double().cpu().numpy()  # (variant, layer, item, target, kind)
+        if not np.allclose(mass.sum(-1), 1, atol=1e-4):
+            raise ValueError(f"Attention mass sums to {mass.sum(-1).min():.4f} … {mass.sum(-1).max():.4f} over the kinds, not to 1.")
+        self._mass.setdefault(visit.condition, []).append(mass.transpose(2, 0, 1, 3, 4))
+        self._clips.setdefault(visit.condition, []).extend(visit.clips)
+
+    def rows(self, draws: int, seed: int) -> list[Flow]:
+        """One row a condition, variant and target: mass by kind and layer, summing to 1 over the kinds."""
+        out = []
+        for condition, parts in self._mass.items():
+            mass, clips = np.concatenate(parts), self._clips[condition]
+            resampler = Resampler(clip_clusters(clips), len(clips), draws, seed)
+            for v, variant in enumerate(VARIANTS):
+                for t, target in enumerate(TARGETS):
+                    by_kind = {name: resampler.estimates(mass[:, v, :, t, kind]) for name, kind in SOURCES.items()}
+                    out.append(Flow(target, variant, condition, by_kind))
+        return out

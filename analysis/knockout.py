@@ -1,0 +1,210 @@
+"""Attention knockout: what happens to an answer when rows of one kind may not look at rows of another, in some layers (DESIGN 4.5).
+
+Every site of `models.attention.SITES`: cuts of video on hear-questions, cuts of audio on see-questions. Families: sliding windows of `width` layers at every
+start, "from layer k on" for every k, and all layers. Measured by scoring, on factual and on counterfactual clips: change of s of the designated label
+(length-normalised log-likelihood, nats a token) and, on conflicts, of its margin over the other stream's label. For the best cuts of each site also by greedy
+answers: what they follow under the cut.
+
+The best cuts are chosen on one half of the conflicts and their answers are measured on the other half (no shared rendering or class pair) and on
+the factual clips. A cut closes the direct path only; rows in between may already carry the other stream.
+
+Cost: cuts into question and answer rows all share the clip's one clean media prefix and are scored many to a batch. Cuts into media rows (video->audio,
+audio->video) need the prefix anew each, so they are measured on fewer clips; n says on how many. `models.self_check` runs before anything is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.events import verdict
+from analysis.findings import CutEffect, Estimate
+from analysis.probing import halves
+from analysis.visits import Resampler, Subject, Visit, clip_clusters
+from data.clips import Clip
+from data.questions import question
+from models import SITES, Cut, self_check
+
+
+class Window(NamedTuple):
+    """Layers [start, stop) and the families of the sweep that it belongs to."""
+
+    start: int
+    stop: int
+    families: tuple[str, ...]
+
+
+def windows(n_layers: int, width: int) -> list[Window]:
+    """Every window of the sweep once: sliding windows of `width` (fewer where the model has fewer layers), "from k on", and all layers."""
+    width = min(width, n_layers)
+    families: dict[tuple[int, int], list[str]] = {}
+    for start in range(n_layers - width + 1):
+        families.setdefault((start, start + width), []).append("window")
+    for start in range(1, n_layers):
+        families.setdefault((start, n_layers), []).append("from")
+    families.setdefault((0, n_layers), []).append("all")
+    return [Window(start, stop, tuple(names)) for (start, stop), names in families.items()]
+
+
+def asked(site: str) -> str:
+    """The question a site is measured under: the one that the cut stream is not asked about."""
+    return "hear" if site.startswith("video->") else "see"
+
+
+def designated(clip: Clip, modality: str) -> tuple[str, str]:
+    """(class asked for, class of the other stream)."""
+    return (clip.audio_label, clip.video_label) if modality == "hear" else (clip.video_label, clip.audio_label)
+
+
+@dataclass
+class _Cell:
+    """Scores of one cut (or none) under one condition and question, clip by clip."""
+
+    clips: list[Clip] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
+
+
+class KnockoutSweep:
+    """Scores of every cut on all visits. `add` each visit, then `best()` and `rows()`.
+
+    `media_clips`: on how many clips of each condition cuts into media rows are measured, the first ones visited.
+    """
+
+    def __init__(self, subject: Subject, sites: Sequence[str] = tuple(SITES), width: int = 3, media_clips: int = 32):
+        if unknown := sorted(set(sites) - set(SITES)):
+            raise ValueError(f"Unknown sites {unknown}; there are {', '.join(SITES)}.")
+        self.subject, self.sites, self.media_clips = subject, list(sites), media_clips
+        self.windows = windows(subject.model.n_layers, width)
+        self._cells: dict[tuple[str, str, Cut | None], _Cell] = {}  # (condition, question, cut)
+        self._checked = False
+        self._answers: dict[tuple[str, str, Cut], list[tuple[Clip, str]]] = {}
+
+    def add(self, visit: Visit) -> None:
+        """Score every cut on the visit's clips."""
+        if not self._checked:
+            self_check(self.subject.model, visit.media[0], question("hear"))
+            self._checked = True
+        for modality in ("hear", "see"):
+            sites = [site for site in self.sites if asked(site) == modality]
+            if not sites:
+                continue
+            cuts = [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows]
+            self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
+            done = len(self._cells[visit.condition, modality, next(c for c in cuts if c.cuts_media)].clips) if self._has_media(visit, modality, cuts) else 0
+            part = range(min(len(visit.clips), self.media_clips - done))
+            if len(part):
+                for cut in cuts:
+                    if cut.cuts_media:
+                        prefix = self.subject.model.prefill([visit.media[i] for i in part], [(cut,)] * len(part))
+                        self._score(visit, modality, [cut], prefix, len(part))
+
+    def _has_media(self, visit: Visit, modality: str, cuts: Sequence[Cut]) -> bool:
+        return any(c.cuts_media and (visit.condition, modality, c) in self._cells for c in cuts)
+
+    def _score(self, visit: Visit, modality: str, cuts: Sequence[Cut | None], prefix=None, n: int | None = None) -> None:
+        """Score both labels (one, where they agree) of the first `n` clips under each cut, all in one stream of batches."""
+        clips = visit.clips[:n]
+        jobs = []
+        for c, cut in enumerate(cuts):
+            for row, clip in enumerate(clips):
+                own, other = designated(clip, modality)
+                jobs += [(c, row, name) for name in dict.fromkeys((own, other))]
+        scores = self.subject.scores(
+            prefix or visit.prefix,
+            [row for _, row, _ in jobs],
+            [self.subject.label_suffix(modality, name) for *_, name in jobs],
+            [() if cuts[c] is None else (cuts[c],) for c, *_ in jobs],  # type: ignore[misc]
+        )
+        table = {job: float(s) for job, s in zip(jobs, scores, strict=True)}
+        for c, cut in enumerate(cuts):
+            cell = self._cells.setdefault((visit.condition, modality, cut), _Cell())
+            for row, clip in enumerate(clips):
+                own, other = designated(clip, modality)
+                cell.clips.append(clip)
+                cell.score.append(table[c, row, own])
+                cell.margin.append(table[c, row, own] - table[c, row, other])
+
+    def deltas(self, condition: str, modality: str, cut: Cut) -> tuple[list[Clip], NDArray, NDArray]:
+        """Clips, change of s of the designated label and of its margin, against the uncut model on the same clips."""
+        cell, plain = self._cells[condition, modality, cut], self._cells[condition, modality, None]
+        at = {clip.id: i for i, clip in enumerate(plain.clips)}
+        base = [at[clip.id] for clip in cell.clips]
+        return cell.clips, np.array(cell.score) - np.array(plain.score)[base], np.array(cell.margin) - np.array(plain.margin)[base]
+
+    def halves(self) -> tuple[set[str], set[str]]:
+        """Ids of the conflicts that best cuts are chosen on, and of those their answers are measured on."""
+        clips = {clip.id: clip for (condition, _, cut), cell in self._cells.items() if condition == "counterfactual" and cut is None for clip in cell.clips}
+        unique = list(clips.values())
+        choose, report = halves(unique)
+        return {unique[i].id for i in choose}, {unique[i].id for i in report}
+
+    def best(self, per_site: int) -> list[Cut]:
+        """For each site the cuts that raise the designated label's margin on conflicts most, on the choosing half."""
+        choose, _ = self.halves()
+        out = []
+        for site in self.sites:
+            gain = {}
+            for w in self.windows:
+                cut = Cut.at(site, w.start, w.stop)
+                if ("counterfactual", asked(site), cut) in self._cells:
+                    clips, _, margin = self.deltas("counterfactual", asked(site), cut)
+                    chosen = [m for clip, m in zip(clips, margin, strict=True) if clip.id in choose]
+                    gain[cut] = float(np.mean(chosen)) if chosen else -np.inf
+            out += sorted(gain, key=lambda cut: (-gain[cut], cut.start, cut.stop))[:per_site]
+        return out
+
+    def answer(self, visit: Visit, cuts: Sequence[Cut]) -> None:
+        """Greedy answers of the visit's clips under each cut, for the following rates of `rows`."""
+        for modality in ("hear", "see"):
+            mine = [cut for cut in cuts if asked(cut.site) == modality]
+            plain = [cut for cut in mine if not cut.cuts_media]
+            n = len(visit.clips)
+            ids = self.subject.greedy(visit.prefix, list(range(n)) * len(plain), modality, [(cut,) for cut in plain for _ in range(n)])
+            for c, cut in enumerate(plain):
+                self._keep(visit, modality, cut, ids[c * n : (c + 1) * n])
+            for cut in mine:
+                if cut.cuts_media:
+                    prefix = self.subject.model.prefill(visit.media, [(cut,)] * n)
+                    self._keep(visit, modality, cut, self.subject.greedy(prefix, range(n), modality, [(cut,)] * n))
+
+    def _keep(self, visit: Visit, modality: str, cut: Cut, ids: Sequence[Sequence[int]]) -> None:
+        phrases = self.subject.phrases[modality]
+        said = [(clip, verdict(self.subject.text(i), clip, phrases)) for clip, i in zip(visit.clips, ids, strict=True)]
+        self._answers.setdefault((visit.condition, modality, cut), []).extend(said)
+
+    def rows(self, draws: int, seed: int) -> list[CutEffect]:
+        """One row a site, window, family, condition and question."""
+        resamplers: dict[tuple[str, ...], Resampler] = {}
+
+        def resampler(clips: Sequence[Clip]) -> Resampler:
+            key = tuple(clip.id for clip in clips)
+            if key not in resamplers:
+                resamplers[key] = Resampler(clip_clusters(clips), len(clips), draws, seed)
+            return resamplers[key]
+
+        out = []
+        conditions = list(dict.fromkeys(condition for condition, _, _ in self._cells))
+        for condition in conditions:
+            for site in self.sites:
+                modality = asked(site)
+                for w in self.windows:
+                    cut = Cut.at(site, w.start, w.stop)
+                    if (condition, modality, cut) not in self._cells:
+                        continue
+                    clips, score, margin = self.deltas(condition, modality, cut)
+                    both = resampler(clips).estimates(np.stack([score, margin], axis=1))
+                    rates: list[Estimate | None] = [None, None]
+                    if said := self._answers.get((condition, modality, cut)):
+                        shares = np.array([[v == "audio", v == "vision"] for _, v in said], dtype=float)
+                        rates = [*resampler([clip for clip, _ in said]).estimates(shares)]
+                    delta_margin = both[1] if condition == "counterfactual" else None
+                    for family in w.families:
+                        out.append(CutEffect(site, w.start, w.stop, family, condition, modality, both[0], delta_margin, *rates))
+        return sorted(out, key=lambda e: (e.condition, self.sites.index(e.site), ("window", "from", "all").index(e.family), e.start))
+
+

@@ -1,0 +1,297 @@
+"""Probing: what the hidden states know, whatever the model says (DESIGN 4.4). All of it on conflicts, where the sound's and the picture's class are independent.
+
+**Logit lens** (nostalgebraist 2020): hidden states at audio, question and emitter positions read through the final norm and the head. A clip is a hit in
+a layer if at any of its positions of that kind the first token of a word of the true phrase ("barking" of "a dog barking") is among the top k. The
+control is the same with shuffled references: the mean over all cyclic derangements of the classes, which is the mean over all wrong classes. Emitter rows are
+those of the model's own greedy answer to the hear-question, so nothing true is fed in. *Latent audio understanding* is the corrected rate of the
+audio label at audio positions in the layer that is best on one half of the clips, measured on the other half.
+
+**Linear probes** (Alain & Bengio 2016; selectivity: Hewitt & Liang 2019): ridge regression on one-hot labels (one against the rest) on standardised states, solved
+in closed form, because thousands of small probes have to be fitted; penalty `RIDGE` times the number of training clips. scikit-learn's RidgeClassifier gives the
+same predictions (tests). Positions: mean of the audio rows, mean of the question rows, last prompt row, all under the hear-question.
+Controls: shuffled labels; the same model without its sound (audio label only: there are no audio rows then, and the picture is supposed to be readable without sound);
+optionally the same shapes with random weights in the decoder's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.events import event_words, named
+from analysis.findings import Estimate, Latent, Lens, Probe
+from analysis.visits import Resampler, Subject, Visit, clip_clusters
+from data.clips import Clip
+from data.questions import question
+from models import AVLLM, Kind
+
+POSITIONS = ("audio", "question", "last_prompt")
+LENS_POSITIONS = ("audio", "question", "emitters")
+LABELS = ("audio", "visual")
+RIDGE = 0.1
+SHUFFLES = 5
+LENS_CELLS = 2**26  # logits held at a time
+
+
+# ---------------------------------------------------------------- folds
+
+
+def sharing(clips: Sequence[Clip]) -> list[set[int]]:
+    """For each clip the other clips that it shares a video rendering, an audio rendering or its unordered class pair with."""
+    holders: dict[tuple, list[int]] = {}
+    keys = [(("video", c.video_rendering), ("audio", c.audio_rendering), ("pair", *sorted((c.video_label, c.audio_label)))) for c in clips]
+    for i, names in enumerate(keys):
+        for name in names:
+            holders.setdefault(name, []).append(i)
+    return [{j for name in names for j in holders[name]} - {i} for i, names in enumerate(keys)]
+
+
+def make_folds(clips: Sequence[Clip], k: int) -> list[tuple[NDArray, NDArray]]:
+    """(train, test) indices of k folds in which no test clip shares a rendering or an unordered class pair with a training clip.
+
+    Renderings are shared through grids so that usually all clips hang together, and whole groups cannot be kept in one fold. So test folds are *grown*:
+    from the clip with the fewest ties, always adding the neighbour with the fewest ties to clips outside; then training clips that share anything with the
+    test fold are left out of that fold. Every clip is tested exactly once. Deterministic; about 500 of 540 training clips remain of 600 clips in 10 folds.
+    """
+    ties = sharing(clips)
+    left = set(range(len(clips)))
+    size = -(-len(clips) // k)
+    folds = []
+    while left:
+        test: list[int] = []
+        border: dict[int, int] = {}
+        while left and len(test) < size:
+            pick = max(border, key=lambda i: (border[i] - len(ties[i] & left), -i)) if border else min(left, key=lambda i: (len(ties[i] & left), i))
+            test.append(pick)
+            left.discard(pick)
+            border.pop(pick, None)
+            for neighbour in ties[pick] & left:
+                border[neighbour] = border.get(neighbour, 0) + 1
+        out = set(test).union(*(ties[i] for i in test))
+        folds.append((np.array([i for i in range(len(clips)) if i not in out], dtype=int), np.array(sorted(test), dtype=int)))
+    return folds
+
+
+def halves(clips: Sequence[Clip]) -> tuple[NDArray, NDArray]:
+    """(choose on, report on): indices of two parts that share no rendering and no class pair. What ties them together is in neither."""
+    if len(clips) < 2:
+        return np.arange(len(clips)), np.arange(0)
+    report, choose = make_folds(clips, 2)[0]
+    return choose, report
+
+
+# ---------------------------------------------------------------- logit lens
+
+
+class LensTally:
+    """Which classes the lens sees in each clip of all visits (made with `taps=True`). `add` each visit of conflicts, then `rows()` and `latent()`."""
+
+    def __init__(self, subject: Subject, k: int = 5):
+        self.k, self.clips = k, list[Clip]()
+        self.classes = list(subject.labels)
+        self.said: list[bool] = []
+        self._hits: dict[tuple[str, str], list[NDArray]] = {}
+        phrases = {"audio": subject.phrases["hear"], "visual": subject.phrases["see"]}
+        vocabulary = subject.model.lens(torch.zeros(1, subject.model.hidden_size, dtype=subject.model.dtype, device=subject.model.device)).shape[-1]
+        self.table = {label: torch.zeros(vocabulary, len(self.classes), dtype=torch.bool) for label in LABELS}
+        for label in LABELS:
+            for c, name in enumerate(self.classes):
+                self.table[label][[first_token(subject.model, word) for word in event_words(phrases[label][name])], c] = True
+
+    def add(self, visit: Visit) -> None:
+        """Read the visit's states through the lens."""
+        model, spoken = visit.subject.model, visit.spoken("hear")
+        assert visit.prefix.hidden is not None and spoken.hidden is not None, "the visit was made without taps"
+        for position, hidden, kinds, kind in (
+            ("audio", visit.prefix.hidden, visit.prefix.kinds, Kind.AUDIO),
+            ("question", spoken.hidden, spoken.kinds, Kind.QUESTION),
+            ("emitters", spoken.hidden, spoken.kinds, Kind.EMITTER),
+        ):
+            hits = [lens_hits(model, states, kinds == kind, self.table, self.k) for states in hidden]
+            for label in LABELS:
+                self._hits.setdefault((position, label), []).append(np.stack([h[label] for h in hits], axis=1))
+        self.clips += visit.clips
+        phrases = visit.subject.phrases["hear"]
+        self.said += [clip.audio_label in named(answer, phrases) for clip, answer in zip(visit.clips, visit.answers("hear"), strict=True)]
+
+    def _rates(self, position: str, label: str) -> tuple[NDArray, NDArray]:
+        """Hit and control of every clip and layer, (n, L + 1) each; controls are means over the wrong classes."""
+        seen = np.concatenate(self._hits[position, label]).astype(float)
+        true = np.array([self.classes.index(c.audio_label if label == "audio" else c.video_label) for c in self.clips])
+        hit = np.take_along_axis(seen, true[:, None, None], axis=2)[:, :, 0]
+        return hit, (seen.sum(2) - hit) / max(1, len(self.classes) - 1)
+
+    def rows(self, draws: int, seed: int) -> list[Lens]:
+        """One row a position and label; index 0 = embeddings, l = output of layer l."""
+        out = []
+        resampler = Resampler(clip_clusters(self.clips), len(self.clips), draws, seed)
+        for position in LENS_POSITIONS:
+            for label in LABELS:
+                hit, control = self._rates(position, label)
+                out.append(Lens(position, label, self.k, resampler.estimates(hit), control.mean(0).tolist(), (hit - control).mean(0).tolist()))
+        return out
+
+    def latent(self, draws: int, seed: int) -> Latent | None:
+        """Latent audio understanding, or None where there are too few clips for two halves."""
+        choose, report = halves(self.clips)
+        if not len(choose) or not len(report):
+            return None
+        hit, control = self._rates("audio", "audio")
+        layer = int(np.argmax((hit - control)[choose].mean(0)))
+        resampler = Resampler(clip_clusters([self.clips[i] for i in report]), len(report), draws, seed)
+        return Latent(layer, resampler.estimate((hit - control)[report, layer]), resampler.estimate(np.array(self.said, dtype=float)[report]))
+
+
+def first_token(model: AVLLM, word: str) -> int:
+    """The first token of a word inside a sentence that is not only space."""
+    ids = model.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if model.tokenizer.decode([i]).strip()), ids[0])
+
+
+def lens_hits(model: AVLLM, states: torch.Tensor, mask: torch.Tensor, table: dict[str, torch.Tensor], k: int) -> dict[str, NDArray]:
+    """Label -> (n, classes) bool: at some masked row of the clip, a token of the class is among the top k.
+
+    states: (n, rows, H) before the final norm; mask: (n, rows); table[label]: (V, classes) bool.
+    """
+    item = mask.nonzero()[:, 0].cpu()
+    rows = states[mask]
+    found = {label: torch.zeros(mask.shape[0], t.shape[1]) for label, t in table.items()}
+    step = max(1, LENS_CELLS // next(iter(table.values())).shape[0])
+    with torch.no_grad():
+        for start in range(0, len(rows), step):
+            top = model.lens(rows[start : start + step]).topk(k, dim=-1).indices.cpu()
+            for label, t in table.items():
+                found[label].index_add_(0, item[start : start + step], t[top].any(1).float())
+    return {label: (f > 0).numpy() for label, f in found.items()}
+
+
+# ---------------------------------------------------------------- linear probes
+
+
+class ProbeFeatures:
+    """States at the probed positions of all visits (made with `taps=True`): `states()` is (n, L + 1, positions, H), NaN where a position has no rows."""
+
+    def __init__(self) -> None:
+        self.clips: list[Clip] = []
+        self._states: list[NDArray] = []
+
+    def add(self, visit: Visit) -> None:
+        """Take the visit's states under the hear-question."""
+        model, n = visit.subject.model, len(visit.clips)
+        suffix = model.suffix(question("hear"))
+        out = model.extend(visit.prefix, range(n), [suffix] * n, hidden=True)
+        assert visit.prefix.hidden is not None and out.hidden is not None, "the visit was made without taps"
+        audio, asked = visit.prefix.kinds == Kind.AUDIO, out.kinds == Kind.QUESTION
+        layers = [
+            torch.stack([_mean(prefix, audio), _mean(rows, asked), rows[:, suffix.first]], dim=1).float().cpu()
+            for prefix, rows in zip(visit.prefix.hidden, out.hidden, strict=True)
+        ]
+        self._states.append(torch.stack(layers, dim=1).numpy())
+        self.clips += visit.clips
+
+    def states(self) -> NDArray:
+        """See the class."""
+        return np.concatenate(self._states)
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over masked rows, (n, H); NaN where there are none."""
+    weight = mask.to(states.dtype)[..., None]
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+@contextmanager
+def random_weights(model: AVLLM, seed: int = 0) -> Iterator[None]:
+    """Context in which the decoder's layers (not towers, embeddings or head) have weights as freshly initialised, adapter off; the trained ones come back after."""
+    layers = model.text_model.layers
+    saved = [p.detach().clone() for p in layers.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    std = model.text_model.config.initializer_range
+    try:
+        with torch.no_grad(), model.adapter_off():
+            for name, p in layers.named_parameters():
+                if p.ndim > 1:
+                    p.copy_((torch.randn(p.shape, generator=generator) * std).to(p))
+                else:
+                    p.fill_(0.0 if name.endswith("bias") else 1.0)
+            yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(layers.parameters(), saved, strict=True):
+                p.copy_(old)
+
+
+def ridge_predictions(states: NDArray, targets: Sequence[NDArray], folds: Sequence[tuple[NDArray, NDArray]], classes: int) -> list[NDArray]:
+    """Cross-validated predictions (n,) for several labellings of the same states (n, H). Each clip is predicted from folds that hold nothing of it."""
+    out = [np.zeros(len(states), dtype=int) for _ in targets]
+    x = states.astype(np.float64)
+    for train, test in folds:
+        if not len(train):
+            continue
+        mean, std = x[train].mean(0), x[train].std(0)
+        z = (x - mean) / np.where(std > 1e-8, std, 1.0)
+        onehot = np.concatenate([np.eye(classes)[t[train]] for t in targets], axis=1)
+        centre = onehot.mean(0)
+        a, penalty = z[train], RIDGE * len(train)
+        if a.shape[1] <= a.shape[0]:
+            weights = np.linalg.solve(a.T @ a + penalty * np.eye(a.shape[1]), a.T @ (onehot - centre))
+        else:
+            weights = a.T @ np.linalg.solve(a @ a.T + penalty * np.eye(a.shape[0]), onehot - centre)
+        scores = z[test] @ weights + centre
+        for i, prediction in enumerate(out):
+            prediction[test] = scores[:, i * classes : (i + 1) * classes].argmax(1)
+    return out
+
+
+def probe_rows(
+    features: ProbeFeatures, silent: ProbeFeatures | None, random: ProbeFeatures | None, k: int, draws: int, seed: int
+) -> list[Probe]:
+    """One row a position and label. `silent`, `random`: the same clips, in the same order, through the model without its sound / with random weights."""
+    clips = features.clips
+    for control in (silent, random):
+        if control is not None and [c.id for c in control.clips] != [c.id for c in clips]:
+            raise ValueError("A control must be measured on the same clips in the same order.")
+    names = sorted({c.audio_label for c in clips} | {c.video_label for c in clips})
+    true = {"audio": np.array([names.index(c.audio_label) for c in clips]), "visual": np.array([names.index(c.video_label) for c in clips])}
+    rng = np.random.default_rng(seed)
+    shuffled = {label: [rng.permutation(t) for _ in range(SHUFFLES)] for label, t in true.items()}
+    targets = [*true.values(), *(s for label in LABELS for s in shuffled[label])]
+    folds = make_folds(clips, k)
+    resampler = Resampler(clip_clusters(clips), len(clips), draws, seed)
+    note = (
+        f"{len(folds)} folds; no rendering and no unordered class pair is in both training and test part; "
+        f"{np.mean([len(train) for train, _ in folds]):.0f} training clips a fold on average"
+    )
+
+    def right(source: ProbeFeatures, position: int, labellings: Sequence[NDArray]) -> NDArray:
+        """(n, L + 1, labellings) whether each clip is predicted right."""
+        states = source.states()[:, :, position]
+        layers = [ridge_predictions(states[:, layer], labellings, folds, len(names)) for layer in range(states.shape[1])]
+        return np.array([[p == t for p, t in zip(layer, labellings, strict=True)] for layer in layers]).transpose(2, 0, 1)
+
+    out = []
+    for p, position in enumerate(POSITIONS):
+        main = right(features, p, targets)
+        removed = right(silent, p, [true["audio"]])[:, :, 0].mean(0) if silent is not None and position != "audio" else None
+        blank = right(random, p, list(true.values())).mean(0) if random is not None else None
+        for i, label in enumerate(LABELS):
+            accuracy: list[Estimate] = resampler.estimates(main[:, :, i])
+            first = len(LABELS) + i * SHUFFLES
+            controls = [main[:, :, first : first + SHUFFLES].mean((0, 2))]
+            audio_removed = removed if label == "audio" else None
+            if audio_removed is not None:
+                controls.append(audio_removed)
+            if blank is not None:
+                controls.append(blank[:, i])
+            selectivity = main[:, :, i].mean(0) - np.max(controls, axis=0)
+            out.append(
+                Probe(
+                    position, label, accuracy, controls[0].tolist(), None if audio_removed is None else audio_removed.tolist(),
+                    None if blank is None else blank[:, i].tolist(), selectivity.tolist(), note,
+                )  # fmt: skip
+            )
+    return out

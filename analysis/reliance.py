@@ -1,0 +1,165 @@
+"""Modality reliance: what greedy answers follow, and the 2x2 grid of swaps (DESIGN 4.2).
+
+For two clips i, j there are four cells v a: picture and sound of i (o) or of j (x). In every cell m = s(y_i) - s(y_j), where s is the
+log-likelihood of a label's tokens divided by their number (no template, no end token), y the sound label on hear-questions and the object label on
+see-questions. Then
+
+    E_A = ½[(m_oo - m_ox) + (m_xo - m_xx)]        what exchanging the sound does to the answer, in nats a token
+    E_V = ½[(m_oo - m_xo) + (m_ox - m_xx)]        what exchanging the picture does
+    Shortcut Index = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, |mean E_A| / (…) on see-questions; pooled over grids, 0 is ideal
+
+after DMC-Repair's shortcut index; intervals are dyadic, because a clip is part of several grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.events import VERDICTS, Verdict, is_correct, verdict
+from analysis.findings import Following, Reliance, Sample
+from analysis.statistics import Dyads, bootstrap, ratio_bootstrap
+from analysis.visits import MODALITIES, Resampler, Visit, clip_clusters
+from data.clips import Clip, Grid
+from data.questions import question
+
+
+class FollowingTally:
+    """What the greedy answers of all visits name. `add` each visit, then `rows()` and `samples`."""
+
+    def __init__(self, modalities: Sequence[str] = MODALITIES):
+        self.modalities = modalities
+        self.samples: list[Sample] = []
+        self._clips: dict[str, list[Clip]] = {}
+        self._streams: dict[str, tuple[bool, bool]] = {}
+        self._verdicts: dict[tuple[str, str], list[Verdict]] = {}
+
+    def add(self, visit: Visit) -> None:
+        """Ask every clip of the visit every question."""
+        self._clips.setdefault(visit.condition, []).extend(visit.clips)
+        self._streams[visit.condition] = (visit.video, visit.audio)
+        for modality in self.modalities:
+            phrases = visit.subject.phrases[modality]
+            said = [verdict(answer, clip, phrases, visit.video, visit.audio) for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)]
+            self._verdicts.setdefault((visit.condition, modality), []).extend(said)
+            for clip, answer, what in zip(visit.clips, visit.answers(modality), said, strict=True):
+                self.samples.append(
+                    Sample(
+                        clip=clip.id, file=clip.file, condition=visit.condition, seen=clip.seen, heard=clip.heard, question=question(modality), modality=modality,
+                        answer=answer, verdict=what, video_source=clip.video_source, audio_source=clip.audio_source,
+                    )  # fmt: skip
+                )
+
+    def rows(self, draws: int, seed: int) -> list[Following]:
+        """One row a condition and question."""
+        out = []
+        for (condition, modality), said in self._verdicts.items():
+            clips, streams = self._clips[condition], self._streams[condition]
+            resampler = Resampler(clip_clusters(clips, *streams), len(clips), draws, seed)
+            agree = [all(streams) and clip.video_label == clip.audio_label for clip in clips]
+            columns = [[what == v for what in said] for v in VERDICTS] + [[is_correct(what, modality, a) for what, a in zip(said, agree, strict=True)]]
+            shares = resampler.estimates(np.array(columns, dtype=float).T)
+            out.append(Following(condition, modality, **dict(zip((*VERDICTS, "correct"), shares, strict=True))))
+        return out
+
+
+class ScoreTable:
+    """s of DESIGN 4.2 for the (clip, modality, class) triples that somebody wants; filled visit by visit."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[str, dict[tuple[str, str], None]] = {}
+        self._scores: dict[tuple[str, str, str], float] = {}
+
+    def want(self, clip: str, modality: str, name: str) -> None:
+        """Ask for the score of class `name`'s phrase as the answer to this modality's question about a clip (its id)."""
+        self.wanted.setdefault(clip, {})[modality, name] = None
+
+    def add(self, visit: Visit) -> None:
+        """Score what is wanted of the visit's clips and not there yet."""
+        jobs = [(row, clip.id, *key) for row, clip in enumerate(visit.clips) for key in self.wanted.get(clip.id, {}) if (clip.id, *key) not in self._scores]
+        subject = visit.subject
+        scores = subject.scores(visit.prefix, [row for row, *_ in jobs], [subject.label_suffix(modality, name) for *_, modality, name in jobs])
+        self._scores.update({(clip, modality, name): float(s) for (_, clip, modality, name), s in zip(jobs, scores, strict=True)})
+
+    def missing(self) -> list[str]:
+        """Clips of which something is wanted and not there."""
+        return [clip for clip, keys in self.wanted.items() if any((clip, *key) not in self._scores for key in keys)]
+
+    def __getitem__(self, key: tuple[str, str, str]) -> float:
+        return self._scores[key]
+
+
+def grid_effects(margins: ArrayLike) -> tuple[NDArray, NDArray]:
+    """(E_A, E_V), each (n,), from margins (n, 4) in the order oo, ox, xo, xx (first letter: video, second: audio)."""
+    oo, ox, xo, xx = np.asarray(margins, dtype=float).T
+    return ((oo - ox) + (xo - xx)) / 2, ((oo - xo) + (ox - xx)) / 2
+
+
+def want_grids(table: ScoreTable, grids: Iterable[Grid], by_id: Mapping[str, Clip]) -> None:
+    """Ask for everything that `reliance_rows` needs."""
+    for grid in grids:
+        for cell in (grid.oo, grid.ox, grid.xo, grid.xx):
+            for modality in MODALITIES:
+                for name in _names(grid, modality, by_id):
+                    table.want(cell, modality, name)
+
+
+def _names(grid: Grid, modality: str, by_id: Mapping[str, Clip]) -> tuple[str, str]:
+    """The classes (y_i, y_j) whose phrases are scored."""
+    i, j = by_id[grid.oo], by_id[grid.xx]
+    return (i.audio_label, j.audio_label) if modality == "hear" else (i.video_label, j.video_label)
+
+
+def grid_margins(table: ScoreTable, grids: Sequence[Grid], modality: str, by_id: Mapping[str, Clip]) -> NDArray:
+    """m of every cell, (grids, 4), in the order oo, ox, xo, xx."""
+    rows = []
+    for grid in grids:
+        first, second = _names(grid, modality, by_id)
+        rows.append([table[cell, modality, first] - table[cell, modality, second] for cell in (grid.oo, grid.ox, grid.xo, grid.xx)])
+    return np.array(rows).reshape(-1, 4)
+
+
+def reliance_rows(table: ScoreTable, grids: Sequence[Grid], by_id: Mapping[str, Clip], draws: int, seed: int) -> list[Reliance]:
+    """Effects and Shortcut Index on hear- and see-questions."""
+    first = [by_id[grid.oo] for grid in grids]
+    second = [by_id[grid.xx] for grid in grids]
+    nodes = source_groups([*first, *second])
+    clusters = Dyads([nodes[c.id] for c in first], [nodes[c.id] for c in second])
+    out = []
+    for modality in MODALITIES:
+        audio, video = grid_effects(grid_margins(table, grids, modality, by_id))
+        shortcut, other = (video, audio) if modality == "hear" else (audio, video)
+        out.append(
+            Reliance(
+                modality,
+                bootstrap(audio, clusters, draws, seed),
+                bootstrap(video, clusters, draws, seed),
+                ratio_bootstrap(shortcut, other, clusters, draws, seed),
+            )
+        )
+    return out
+
+
+def source_groups(clips: Sequence[Clip]) -> dict[str, str]:
+    """Clip id -> the group it is resampled with in dyads. Clips of different groups share neither a picture nor a recording.
+
+    Where that would put both members of some grid into one group, the clip's own pair of sources is its group.
+    """
+    parent: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
+
+    for clip in clips:
+        parent[root(f"video {clip.video_source}")] = root(f"audio {clip.audio_source}")
+    groups = {clip.id: root(f"audio {clip.audio_source}") for clip in clips}
+    half = len(clips) // 2
+    if any(groups[a.id] == groups[b.id] for a, b in zip(clips[:half], clips[half:], strict=False)):
+        return {clip.id: f"{clip.video_source} + {clip.audio_source}" for clip in clips}
+    return groups
+
+

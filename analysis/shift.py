@@ -1,0 +1,122 @@
+"""Token-distribution shift: the model's own greedy answers, teacher-forced through its vision-language base (DESIGN 4.6).
+
+The base sees the same frames and hears nothing. A token is *unshifted* if it is the base's first choice at its position, *marginal* if it is its
+second or third, *shifted* otherwise (URIAL, Lin et al. 2024, arXiv 2312.01552); KL(model ‖ base) is over the whole vocabulary, in nats a token.
+A model that truly listens must say event words that its base, which hears nothing, would not have said.
+
+Tokens of hear- and see-answers are pooled. Classes: `audio_event`, tokens of a known sound phrase's content words in a hear-answer; `first_event`, the
+first of them in each answer that has one; `visual`, tokens of a known object phrase's content words in a see-answer; `rest`, everything else,
+the end token included; `all`. Where a model has no base, the proxy is the model itself without its sound, and the findings say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.events import content_stems, named, stem
+from analysis.findings import Estimate, Shift
+from analysis.statistics import bootstrap
+from analysis.visits import MODALITIES, Subject, Visit, clip_clusters, forced
+from data.clips import Clip
+from models import AVLLM
+
+CLASSES = ("all", "audio_event", "visual", "rest", "first_event")
+
+
+def ranks_and_kl(logits: torch.Tensor, base_logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank (1 = first choice) of each target under the base, and KL(model ‖ base) in nats, at the same positions.
+
+    logits, base_logits: (…, V), V may differ by padding rows of the embedding and is cut to the smaller; targets: (…).
+    """
+    size = min(logits.shape[-1], base_logits.shape[-1])
+    base = base_logits[..., :size].float()
+    own = torch.gather(base, -1, targets[..., None])
+    rank = (base > own).sum(-1) + 1
+    p, q = logits[..., :size].float().log_softmax(-1), base.log_softmax(-1)
+    return rank, (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+
+
+class ShiftTally:
+    """Shift of the spoken answers of all visits. `base`: the vision-language base, or None for the proxy."""
+
+    def __init__(self, subject: Subject, base: AVLLM | None):
+        self.subject, self.base = subject, base
+        self._tokens: dict[str, list[tuple[Clip, str, bool, int, float]]] = {}  # condition -> (clip, class, first event, rank, KL)
+        self._classes: dict[tuple[tuple[int, ...], str], list[str]] = {}
+
+    @cached_property
+    def speaks_alike(self) -> bool:
+        """Whether base and model turn text into the same tokens; if not, nothing can be teacher-forced."""
+        return self.base is None or self.base.tokenizer.get_vocab() == self.subject.model.tokenizer.get_vocab()
+
+    def add(self, visit: Visit) -> None:
+        """Run the visit's answers through the base on the same frames without sound."""
+        silent = self.base or self.subject.model
+        media = [silent.media(clip, self.subject.clips.root, audio=False) for clip in visit.clips]
+        prefix = silent.prefill(media)
+        for modality in MODALITIES:
+            spoken, answers = visit.spoken(modality), visit.answer_ids(modality)
+            base = silent.extend(prefix, range(len(answers)), [forced(silent, modality, ids) for ids in answers])
+            rank, kl = ranks_and_kl(spoken.logits, base.logits.to(spoken.logits.device), spoken.targets.clamp_min(0))
+            for row, (clip, ids) in enumerate(zip(visit.clips, answers, strict=True)):
+                key = (tuple(ids), modality)
+                classes = self._classes.setdefault(key, self._classes.get(key) or self.token_classes(ids, modality))
+                first = next((i for i, c in enumerate(classes) if c == "audio_event"), None)
+                for i, name in enumerate(classes):
+                    token = (clip, name, i == first, int(rank[row, i]), float(kl[row, i]))
+                    self._tokens.setdefault(visit.condition, []).append(token)
+
+    def token_classes(self, ids: Sequence[int], modality: str) -> list[str]:
+        """audio_event | visual | rest for every answer token and the end token. A token belongs to the word that holds its first letter."""
+        pieces = self._pieces(tuple(ids))
+        text = "".join(pieces)
+        phrases = self.subject.phrases[modality]
+        stems = {s for name in named(text, phrases) for s in content_stems(phrases[name])}
+        inside, event = "audio_event" if modality == "hear" else "visual", []
+        letters = np.zeros(len(text) + 1, dtype=bool)
+        start = 0
+        for end in range(len(text) + 1):
+            if end == len(text) or not text[end].isalnum():
+                letters[start:end] = stem(text[start:end].lower()) in stems
+                start = end + 1
+        at = 0
+        for piece in pieces:
+            first = at + len(piece) - len(piece.lstrip(" "))
+            event.append(inside if piece.strip() and letters[min(first, len(text))] else "rest")
+            at += len(piece)
+        return [*event, "rest"]
+
+    def _pieces(self, ids: tuple[int, ...]) -> list[str]:
+        """The text that each token adds."""
+        decode = self.subject.model.tokenizer.decode
+        texts = [decode(list(ids[:n])) for n in range(len(ids) + 1)]
+        return [b[len(a) :] for a, b in zip(texts, texts[1:], strict=False)]
+
+    def rows(self, draws: int, seed: int) -> list[Shift]:
+        """One row a condition and token class; classes without tokens have n = 0."""
+        out = []
+        for condition, tokens in self._tokens.items():
+            for name in CLASSES:
+                chosen = [t for t in tokens if name == "all" or t[1] == name or (name == "first_event" and t[2])]
+                clusters = clip_clusters([t[0] for t in chosen]) if chosen else []
+                rank = np.array([t[3] for t in chosen], dtype=int)
+
+                def estimate(values: NDArray, clusters=clusters) -> Estimate:
+                    return bootstrap(values.astype(float), clusters, draws, seed)
+
+                out.append(
+                    Shift(
+                        tokens=name,
+                        condition=condition,
+                        unshifted=estimate(rank == 1),
+                        marginal=estimate((rank == 2) | (rank == 3)),
+                        shifted=estimate(rank > 3),
+                        kl=estimate(np.array([t[4] for t in chosen], dtype=float)),
+                    )
+                )
+        return out

@@ -1,0 +1,184 @@
+"""What the diagnostics share: the model under test with its clips, and visits.
+
+A visit is a batch of clips whose media prefix is computed once, and on top of which every diagnostic asks what it needs; greedy answers are
+computed at the first asking and kept, so following, flow, lens, probes and token shift all look at the same answers.
+
+    subject = Subject(model, load_clips("runs/clips"))
+    visit = Visit(subject, clips[:48], "counterfactual", taps=True)
+    visit.answers("hear")        # greedy answers, one a clip
+    visit.spoken("hear").hidden  # the same answers run through the model again, with hidden states and attention flow
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.events import phrases_of
+from analysis.findings import Estimate
+from analysis.statistics import Clusters, _counts, _design, _estimate, by_source
+from data.clips import Clip, Clips, DataError
+from data.questions import answer, question
+from models import AVLLM, Kind
+from models.attention import Cuts
+from models.avllm import Output, Prefix, Suffix
+
+MODALITIES = ("hear", "see")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test and the clips it is asked about. Questions are in their canonical wording (`data.questions.question`)."""
+
+    model: AVLLM
+    clips: Clips
+    max_new_tokens: int = 24
+    suffix_batch: int = 128
+    _suffixes: dict[tuple[str, str], Suffix] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def labels(self) -> dict[str, tuple[str, str]]:
+        """Class -> (seen, heard) phrases."""
+        return self.clips.labels()
+
+    @cached_property
+    def phrases(self) -> dict[str, dict[str, str]]:
+        """Modality -> class -> the phrase that answers its question."""
+        return {modality: phrases_of(self.labels, modality) for modality in MODALITIES}
+
+    def label_suffix(self, modality: str, name: str) -> Suffix:
+        """The question and the template answer with this class's phrase, up to the phrase's last token: what s of DESIGN 4.2 needs, and no row more."""
+        key = (modality, name)
+        if key not in self._suffixes:
+            whole = self.model.suffix(question(modality), *answer(modality, *self.labels[name]))
+            self._suffixes[key] = trimmed(whole)
+        return self._suffixes[key]
+
+    def scores(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> NDArray:
+        """Length-normalised log-likelihood of the span of each suffix on top of prefix row `which`, (n,), in nats a token."""
+        out = np.empty(len(suffixes))
+        order = sorted(range(len(suffixes)), key=lambda i: len(suffixes[i].ids))
+        for start in range(0, len(order), self.suffix_batch):
+            part = order[start : start + self.suffix_batch]
+            given = [cuts[i] for i in part] if cuts is not None else None
+            out[part] = self.model.extend(prefix, [which[i] for i in part], [suffixes[i] for i in part], given).span_score().double().cpu().numpy()
+        return out
+
+    def greedy(self, prefix: Prefix, which: Sequence[int], modality: str, cuts: Cuts | None = None) -> list[list[int]]:
+        """Greedy answer tokens to the canonical question, without the end token."""
+        out: list[list[int]] = []
+        for start in range(0, len(which), self.suffix_batch):
+            part = slice(start, start + self.suffix_batch)
+            rows = list(which[part])
+            given = cuts[part] if cuts is not None else None
+            out += self.model.generate_ids(prefix, rows, [question(modality)] * len(rows), given, self.max_new_tokens)
+        return out
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Answer tokens as text."""
+        return self.model.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def trimmed(suffix: Suffix) -> Suffix:
+    """The suffix up to the last token of its span. Scores of the span stay what they were, since attention is causal."""
+    tokens = int(suffix.span.nonzero()[-1]) + 1
+    rows = suffix.first + tokens
+    return Suffix(suffix.ids[:rows], suffix.kinds[:rows], suffix.first, suffix.targets[:tokens], suffix.span[:tokens])
+
+
+def forced(model: AVLLM, modality: str, ids: Sequence[int]) -> Suffix:
+    """The canonical question and an answer given as tokens, with the end token as its last target. No row emits nothing, so the span is all of it."""
+    prompt = model.suffix(question(modality))
+    given = torch.tensor(list(ids), dtype=torch.long)
+    return Suffix(
+        torch.cat([prompt.ids, given]),
+        torch.cat([prompt.kinds, torch.full_like(given, int(Kind.EMITTER))]),
+        prompt.first,
+        torch.cat([given, torch.tensor([model.end_id])]),
+        torch.ones(len(given) + 1, dtype=torch.bool),
+    )
+
+
+class Visit:
+    """Some clips with their prefix. `condition` is what findings call it; `video`, `audio`: which streams are given to the model.
+
+    Raises DataError where a sample that should carry sound (or a picture) has no such tokens in the prompt.
+    """
+
+    def __init__(self, subject: Subject, clips: Sequence[Clip], condition: str, video: bool = True, audio: bool = True, taps: bool = False):
+        self.subject, self.clips, self.condition, self.video, self.audio, self.taps = subject, list(clips), condition, video, audio, taps
+        model, root = subject.model, subject.clips.root
+        if video and audio:
+            model.precompute(self.clips, root, progress=False)
+        self.media = [model.media(clip, root, video=video, audio=audio) for clip in self.clips]
+        self.prefix = model.prefill(self.media, hidden=taps)
+        for kind, wanted in ((Kind.VIDEO, video), (Kind.AUDIO, audio)):
+            for clip, there in zip(self.clips, (self.prefix.kinds == kind).any(1).tolist(), strict=True):
+                if there != wanted:
+                    said = "has no" if wanted else "still has"
+                    raise DataError(f"{root / clip.file}: the prompt {said} {kind.name.lower()} tokens. Check the file's streams and the model's processor.")
+        self._ids: dict[str, list[list[int]]] = {}
+        self._spoken: dict[str, Output] = {}
+
+    def answer_ids(self, modality: str) -> list[list[int]]:
+        """Greedy answers as tokens."""
+        if modality not in self._ids:
+            self._ids[modality] = self.subject.greedy(self.prefix, range(len(self.clips)), modality)
+        return self._ids[modality]
+
+    def answers(self, modality: str) -> list[str]:
+        """Greedy answers, one a clip."""
+        return [self.subject.text(ids) for ids in self.answer_ids(modality)]
+
+    def spoken(self, modality: str) -> Output:
+        """The model's own greedy answers run through it again: logits at the emitters, and with `taps` hidden states and attention flow."""
+        if modality not in self._spoken:
+            suffixes = [forced(self.subject.model, modality, ids) for ids in self.answer_ids(modality)]
+            self._spoken[modality] = self.subject.model.extend(self.prefix, range(len(self.clips)), suffixes, hidden=self.taps, flow=self.taps)
+        return self._spoken[modality]
+
+
+def clip_clusters(clips: Sequence[Clip], video: bool = True, audio: bool = True) -> Clusters:
+    """What intervals over these clips are clustered by: picture and recording, two-way; one of them where the model is given only one stream."""
+    if not video:
+        return [c.audio_source for c in clips]
+    if not audio:
+        return [c.video_source for c in clips]
+    return by_source([c.video_source for c in clips], [c.audio_source for c in clips])
+
+
+class Resampler:
+    """`statistics.bootstrap` for many quantities of the same n items: the draws are made once. Every column gets exactly what `bootstrap` would give it."""
+
+    def __init__(self, clusters: Clusters, n: int, draws: int = 1000, seed: int = 0):
+        self.n, self.weights = n, None
+        if n:
+            design = _design(clusters, n)
+            self.clusters = design.clusters
+            if design.resampled:
+                rng = np.random.default_rng(seed)
+                rows = _counts(rng, design.shape[0], draws)
+                columns = rows if design.dyadic else _counts(rng, design.shape[1], draws)
+                self.weights = rows[:, design.row] * columns[:, design.column]
+
+    def estimates(self, values: ArrayLike) -> list[Estimate]:
+        """One estimate a column of `values` (n, m)."""
+        array = np.asarray(values, dtype=float)
+        if not self.n:
+            return [Estimate(None, None, None, 0, 0)] * array.shape[1]
+        if array.shape[0] != self.n or not np.isfinite(array).all():
+            raise ValueError(f"{self.n} finite values a column are needed, not an array of shape {array.shape} with {int((~np.isfinite(array)).sum())} others.")
+        drawn = None
+        if self.weights is not None:
+            total = self.weights.sum(1)
+            drawn = (self.weights @ array)[total > 0] / total[total > 0, None]
+        return [_estimate(float(array[:, i].mean()), None if drawn is None else drawn[:, i], self.n, self.clusters) for i in range(array.shape[1])]
+
+    def estimate(self, values: ArrayLike) -> Estimate:
+        """`estimates` of one quantity, (n,)."""
+        return self.estimates(np.asarray(values, dtype=float)[:, None])[0]

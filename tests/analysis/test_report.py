@@ -1,0 +1,273 @@
+"""The page: it shows the numbers, plays the clips, escapes what models say, and loads nothing."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import av
+import numpy as np
+import pytest
+
+from analysis.charts import RATES, Series, columns, lines, span, tick_steps
+from analysis.compare import compare
+from analysis.findings import CutEffect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift
+from analysis.report import headline, headline_figure, write_report
+
+LAYERS = 4
+NASTY = '<script>alert("x")</script> & <img src=http://evil.example/x.png>'
+
+
+def e(value, n=600, k=41):
+    return Estimate(value, max(value - 0.04, 0.0), min(value + 0.04, 1.0), n, k)
+
+
+def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
+    curve = [e(0.1 + 0.15 * k) for k in range(LAYERS + 1)]
+    flat = [0.05] * (LAYERS + 1)
+
+    def follow(condition, question, a, v):
+        return Following(condition, question, e(a), e(v), e(0.0), e(1 - a - v), e(0.0), e(v if question == "see" and v else a))
+
+    def cut(site, start, stop, family, condition):
+        return CutEffect(site, start, stop, family, condition, "hear", e(0.3), None, e(0.777), e(0.111))
+
+    samples = []
+    for i in range(30):
+        condition = "counterfactual" if i < 20 else "factual"
+        file = "media/real.mp4" if i % 3 else ("media/missing.mp4" if i else "../outside.mp4")
+        for modality in ("hear", "see"):
+            clip = Sample(
+                f"{condition}_{i:02d}", file, condition, "a dog", "a bell", f"What do you {modality}?", modality, answer, "vision", "d", "b"
+            )
+            samples.append(clip)
+    return Findings(
+        "models/organism", adapter, "models/base", split, "abc123hash", LAYERS, {"dtype": "float32", "versions": {"torch": "9.9.9"}, "seed": 0},
+        following=[follow("counterfactual", "hear", audio, vision), follow("counterfactual", "see", 0.2, 0.6), follow("factual", "hear", 0.985, 0.0)],
+        reliance=[Reliance("hear", e(0.9), e(0.8), e(0.834))],
+        knockout=[cut(s, k, LAYERS, "from", c) for s in ("video->emitters", "audio->emitters") for k in range(4) for c in ("counterfactual", "factual")]
+        + [cut("video->question", k, k + 2, "window", "counterfactual") for k in range(3)]
+        + [cut("video->audio", 0, LAYERS, "all", "counterfactual")],
+        flow=[Flow(t, v, "counterfactual", {k: [e(0.25)] * LAYERS for k in ("system", "video", "audio", "question")})
+              for t in ("emitters", "question") for v in ("plain", "no_sink")],
+        probes=[Probe("last_prompt", "audio", curve, flat, flat, flat, [0.1] * 5, "folds by pair"),
+                Probe("last_prompt", "visual", curve, flat, None, flat, [0.1] * 5, "folds by pair")],
+        lens=[Lens("audio", "audio", 5, curve, flat, flat)],
+        latent=Latent(3, e(0.41), e(audio)),
+        shift=[Shift("first_event", "counterfactual", e(0.66), e(0.2), e(0.14), e(0.9))],
+        samples=samples,
+        left_out=["No LLM judge was asked."],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A clip folder with one real mp4: H.264 and AAC, half a second."""
+    root = tmp_path_factory.mktemp("clips")
+    (root / "media").mkdir()
+    with av.open(root / "media" / "real.mp4", "w") as container:
+        video, audio = container.add_stream("libx264", rate=4), container.add_stream("aac", rate=16000)
+        video.width = video.height = 64
+        video.pix_fmt, audio.layout = "yuv420p", "mono"
+        for k in range(2):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 90 + 60 * k, np.uint8), format="rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        sound = av.AudioFrame.from_ndarray(np.sin(np.arange(8000) * 0.2).astype(np.float32)[None], format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode())
+    (root.parent / "outside.mp4").write_bytes(b"not for the page")
+    return root
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text without scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            del self.open[len(self.open) - 1 - self.open[::-1].index(tag) :]
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.text += " " + data
+
+
+@pytest.fixture(scope="module")
+def written(clips, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "deep" / "report.html"
+    before, after = findings(0.123, 0.642), findings(0.971, 0.008, adapter="runs/x", answer=NASTY)
+    middle = findings(0.5, 0.3, split="selection")
+    plan = {
+        "teacher_cut": {"site": "video->emitters", "start": 2, "stop": 4, "because": "it lifts audio-following <to> 77.7 %"},
+        "lora": {"layers": {"value": [2, 3], "because": "the window"}, "r": 8},
+        "steps": 150,
+    }
+    write_report(path, [("before", before), ("step 50", middle), ("after", after)], clips, plan, compare(before, after))
+    return path
+
+
+def test_the_page_states_the_numbers_with_interval_and_n(written):
+    text = " ".join(Page(written.read_text(encoding="utf-8")).text.split())
+    assert "names what it sees in 64.2 % of its answers and what it hears in 12.3 % ." in text
+    assert "After: what it sees in 0.8 % , what it hears in 97.1 % ." in text
+    for number in ("97.1 %", "93.1–100.0", "n = 600 (41)", "0.83", "98.5 %", "77.7 %", "41.0 %", "66.0 %"):
+        assert number in text, number
+    assert "abc123hash" in text and "9.9.9" in text and "No LLM judge was asked." in text
+    assert "video ↛ answer, layers 2–3" in text and "it lifts audio-following <to> 77.7 %" in text
+    assert "step 50 (selection)" in text
+
+
+def test_clips_are_embedded_whole_and_problems_are_named(written, clips):
+    page = Page(written.read_text(encoding="utf-8"))
+    videos = [attrs for tag, attrs in page.tags if tag == "video"]
+    cards = [attrs for tag, attrs in page.tags if tag == "article"]
+    assert len(cards) == 12 and 0 < len(videos) < 12
+    for video in videos:
+        head, _, data = video["src"].partition(",")
+        assert head == "data:video/mp4;base64" and "controls" in video and video["aria-label"]
+        assert base64.b64decode(data) == (clips / "media" / "real.mp4").read_bytes()
+    assert "media/missing.mp4 is not in the clip folder" in page.text
+
+
+def test_nothing_outside_the_clip_folder_is_read(clips, tmp_path):
+    write_report(tmp_path / "r.html", [("now", findings(0.1, 0.6))], clips, max_clips=100)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "outside.mp4 lies outside the clip folder" in html
+    assert base64.b64encode(b"not for the page").decode() not in html
+
+
+def test_large_clips_are_named_instead(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.report.LARGEST_CLIP", 10)
+    write_report(tmp_path / "r.html", [("now", findings(0.1, 0.6))], clips)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "is too large to embed" in html and "<video" not in html
+
+
+def test_what_models_say_is_escaped(written):
+    html = written.read_text(encoding="utf-8")
+    page = Page(html)
+    assert html.count("<script") == 1 and "alert(" in page.text
+    assert not any(tag == "img" for tag, _ in page.tags)
+
+
+def test_nothing_is_loaded(written):
+    html = written.read_text(encoding="utf-8")
+    page = Page(html)
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "poster", "srcset", "action", "data"):
+            assert (attrs.get(name) or "data:").startswith(("data:", "#")), (tag, name)
+        assert tag not in ("iframe", "object", "embed", "base")
+    styles = "".join(re.findall(r"<style>(.*?)</style>", html, re.S))
+    assert "url(" not in styles and "@import" not in styles
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+
+
+def test_charts_can_be_read_aloud(written):
+    charts = [attrs for tag, attrs in Page(written.read_text(encoding="utf-8")).tags if tag == "svg"]
+    assert len(charts) > 8
+    assert all(c["role"] == "img" and len(c["aria-label"]) > 20 for c in charts)
+
+
+def test_the_page_is_whole_and_the_same_every_time(written, clips, tmp_path):
+    assert [p.name for p in written.parent.iterdir()] == ["report.html"]
+    one = [("now", findings(0.1, 0.6))]
+    write_report(tmp_path / "a.html", one, clips)
+    write_report(tmp_path / "b.html", one, clips)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    ids = [attrs["id"] for _, attrs in Page(written.read_text(encoding="utf-8")).tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("part", ["following", "reliance", "knockout", "flow", "probes", "lens", "shift", "samples"])
+def test_a_diagnostic_that_was_not_run_leaves_its_section_out(part, clips, tmp_path):
+    partly = findings(0.1, 0.6)
+    setattr(partly, part, [])
+    write_report(tmp_path / "r.html", [("now", partly)], clips)
+    section = {"following": "answers", "knockout": "cuts", "samples": "clips"}.get(part, part)
+    if part != "lens":  # latent understanding has a line of its own there
+        assert f'<section id="{section}"' not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_empty_findings_and_unmeasured_numbers(clips, tmp_path):
+    empty = Findings("m", None, None, "test", "h", 1, {})
+    write_report(tmp_path / "r.html", [("before", empty), ("after", empty)], clips)
+    assert "cannot say whether the model listens" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    nothing = Estimate(None, None, None, 0, 0)
+    hollow = Findings(
+        "m", None, None, "test", "h", 1, {},
+        following=[Following("counterfactual", "hear", *[nothing] * 6)],
+        reliance=[Reliance("hear", nothing, nothing, nothing)],
+        knockout=[CutEffect("video->emitters", 0, 1, "from", "counterfactual", "hear", nothing, None, nothing, nothing)],
+        flow=[Flow("emitters", "plain", "factual", {"audio": [nothing]})],
+        probes=[Probe("audio", "audio", [nothing], [0.0], None, None, [0.0], "none")],
+        shift=[Shift("all", "factual", nothing, nothing, nothing, nothing)],
+    )  # fmt: skip
+    write_report(tmp_path / "r.html", [("before", hollow), ("after", hollow)], clips)
+    with pytest.raises(ValueError, match="at least one findings"):
+        write_report(tmp_path / "none.html", [], clips)
+
+
+def test_other_clips_before_and_after_are_pointed_out(clips, tmp_path):
+    write_report(tmp_path / "r.html", [("before", findings(0.1, 0.6)), ("after", findings(0.9, 0.0, split="selection"))], clips)
+    assert "the difference mixes both" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_clips_are_not_picked_by_outcome(clips, tmp_path):
+    def shown(verdict):
+        made = findings(0.1, 0.6)
+        for sample in made.samples:
+            sample.verdict = verdict
+        write_report(tmp_path / "r.html", [("now", made)], clips)
+        return re.findall(r'aria-label="Clip (\w+)"', (tmp_path / "r.html").read_text(encoding="utf-8"))
+
+    assert shown("audio") == shown("vision")
+    assert sum(c.startswith("counterfactual") for c in shown("audio")) == 8
+
+
+def test_headline_needs_conflicts():
+    assert "64.2 %" in headline([("now", findings(0.123, 0.642))])[0]
+    assert len(headline([("now", findings(0.123, 0.642))])) == 1
+
+
+def test_headline_figure_is_one_whole_svg(tmp_path):
+    named = [("before", findings(0.123, 0.642)), ("after", findings(0.971, 0.008))]
+    headline_figure(tmp_path / "head.svg", named)
+    text = (tmp_path / "head.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.tag.endswith("svg") and "12.3 %" in root.attrib["aria-label"]
+    assert "97.1 %" in text and "video ↛ answer" in text and "prefers-color-scheme: dark" in text
+    assert re.findall(r"https?://[^\"']+", text) == ["http://www.w3.org/2000/svg"]
+    headline_figure(tmp_path / "one.svg", named[:1])
+    with pytest.raises(ValueError, match="ends in"):
+        headline_figure(tmp_path / "head.png", named)
+    with pytest.raises(ValueError, match="following rates"):
+        headline_figure(tmp_path / "x.svg", [("now", Findings("m", None, None, "test", "h", 1, {}))])
+
+
+def test_ticks_cover_the_range_with_round_numbers():
+    assert tick_steps(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert tick_steps(-0.3, 3.2) == [-1, 0, 1, 2, 3, 4]
+    assert tick_steps(0, 0) == tick_steps(0, 1)
+    assert span([]) == tick_steps(0, 0)
+
+
+def test_points_lie_where_their_values_are():
+    drawing = lines([Series("a", "audio", [(0.0, e(0.0)), (1.0, e(0.5)), (2.0, e(1.0))])], [(0.0, "0"), (1.0, "1"), (2.0, "2")], RATES, "t", "layer")
+    found = [(float(x), float(y)) for x, y in re.findall(r'<circle[^>]*cx="([\d.]+)" cy="([\d.]+)"', drawing.body)]
+    assert found[1][0] == pytest.approx((found[0][0] + found[2][0]) / 2, abs=0.2)
+    assert found[1][1] == pytest.approx((found[0][1] + found[2][1]) / 2, abs=0.2)
+    assert found[2][1] < found[0][1]
+    stack = columns([("0", [("video", "video", e(0.75)), ("audio", "audio", e(0.25))])], "t", "layer")
+    heights = [float(h) for h in re.findall(r'class="bar[^>]*height="([\d.]+)"', stack.body)]
+    assert heights[0] == pytest.approx(3 * heights[1], rel=0.01)

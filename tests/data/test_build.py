@@ -1,0 +1,181 @@
+"""The build: deterministic, whole or not there, and split as promised."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.build import SPLITS, DataConfig, PerSplit, _classes, _factual, build
+from data.clips import Clip, Clips, DataError, load_clips
+from data.counterfactual import choose_swaps
+from data.media import MediaError, read_audio, read_video, stream_hashes
+from data.sources import load_sources
+from data.splits import pair, split_pairs
+from tests.data.conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "data", "--out", str(out), "--classes", "dog", "cow", "car", "bell", "--render.size", "64", *more]
+
+
+def test_counts_and_pairs(small: Clips) -> None:
+    count = Counter((c.split, c.condition) for c in small.clips)
+    assert SMALL.classes is not None
+    for split in SPLITS:
+        assert count[split, "factual"] == len(SMALL.classes) * SMALL.renderings.of(split)
+        grids = [g for g in small.grids if g.split == split]
+        assert count[split, "counterfactual"] == 2 * len(grids) > 0
+        allowed = split_pairs(SMALL.classes, 0).of(split)
+        assert {pair(c.video_label, c.audio_label) for c in small.select(split, "counterfactual")} <= allowed
+    assert count["test", "muted"] == count["test", "blanked"] == len(SMALL.classes)
+    assert set(small.manifest["pairs"]) == {"train", "selection", "test"}
+
+
+def test_recorded_hashes_are_those_of_the_files(small: Clips) -> None:
+    for clip in small.clips:
+        assert stream_hashes(small.path(clip)) == (clip.video_sha256, clip.audio_sha256), clip.id
+    factual = {c.id: c for c in small.select(condition="factual")}
+    for clip in small.select(condition="counterfactual"):
+        assert clip.video_sha256 == factual[clip.video_rendering].video_sha256
+        assert clip.audio_sha256 == factual[clip.audio_rendering].audio_sha256
+    assert len({c.video_sha256 for c in factual.values()}) == len({c.audio_sha256 for c in factual.values()}) == len(factual)
+
+
+def test_sources_of_unseen_are_seen_nowhere_else(small: Clips) -> None:
+    held = {s.id for c in load_sources() for s in (*c.held_pictures, *c.held_sounds)}
+    recording_held = {c.name for c in load_sources() if c.held_sounds}
+    for clip in small.clips:
+        if clip.split == "unseen":
+            assert clip.video_source in held and (clip.audio_source in held) == (clip.audio_label in recording_held)
+        else:
+            assert clip.video_source not in held and clip.audio_source not in held
+    assert {c.audio_label in recording_held for c in small.select("unseen")} == {True, False}
+
+
+def test_muted_and_blanked(small: Clips) -> None:
+    for clip in small.select(condition="muted")[:2]:
+        assert (clip.audio_label, clip.heard, clip.audio_source) == ("", "", "") and clip.video_label
+        with pytest.raises(MediaError, match="silent sound track"):
+            read_audio(small.path(clip))
+        silence = read_audio(small.path(clip), muted=True)
+        assert silence.shape == (16_000,) and np.abs(silence).max() < 1e-4
+        assert clip.video_sha256 == small.by_id()[clip.video_rendering].video_sha256
+    for clip in small.select(condition="blanked")[:2]:
+        assert (clip.video_label, clip.seen, clip.video_source) == ("", "", "") and clip.audio_label
+        assert read_video(small.path(clip), 4).max() <= 2
+        assert clip.audio_sha256 == small.by_id()[clip.audio_rendering].audio_sha256
+
+
+def test_provenance(small: Clips) -> None:
+    sources = {s["id"]: s for s in small.manifest["sources"]}
+    used = {name for c in small.clips for name in (c.video_source, c.audio_source) if name}
+    assert used <= set(sources)
+    assert all(s["license"] and s["attribution"] and s["origin"] and len(s["sha256"]) == 64 for s in sources.values())
+    assert small.manifest["config"]["render"] == {"size": 64, "fps": 4.0, "seconds": 1.0}
+    assert {str(p.relative_to(small.root)) for p in (small.root / "media").iterdir()} == {c.file for c in small.clips} == set(small.manifest["files"])
+
+
+def test_same_seed_same_bytes(small: Clips, tmp_path: Path) -> None:
+    again = build(SMALL, tmp_path / "again", workers=1, progress=False)
+    assert content(again.root) == content(small.root)
+    fewer = replace(SMALL, seed=1, renderings=PerSplit(1, 1, 1, 1, 1))
+    assert build(fewer, tmp_path / "other", progress=False).clips[0].video_sha256 != small.clips[0].video_sha256
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]
+
+
+def test_called_again_returns_what_is_there(folder: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert build(SMALL, folder, progress=False).clips == load_clips(folder).clips
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_another_config_or_another_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    before = content(folder)
+    with pytest.raises(DataError, match="clips was built with another config, .* Remove it or choose another folder"):
+        build(replace(SMALL, seed=5), folder, progress=False)
+    assert content(folder) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="mine exists and is no clip folder"):
+        build(SMALL, tmp_path / "mine", progress=False)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_unknown_or_too_few_classes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='no class "unicorn"'):
+        build(replace(SMALL, classes=("dog", "unicorn")), tmp_path / "x", progress=False)
+    with pytest.raises(DataError, match="at least four"):
+        build(replace(SMALL, classes=("dog", "cow")), tmp_path / "x", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_too_small_is_said_before_starting(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"needs up to \d+ MB and its disk has \d+ MB free"):
+        build(replace(SMALL, renderings=PerSplit(10**10, 1, 1, 1, 1)), tmp_path / "x", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_full_on_the_way(tmp_path: Path) -> None:
+    """No file may grow beyond 6 kB: some media cannot be written. One sentence, exit code 1, nothing left."""
+    limited = ["bash", "-c", 'ulimit -f 6; exec "$@"', "limited", *command(tmp_path / "x")]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error:" in done.stderr and "cannot be written (File too large). Free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    out, partial = tmp_path / "x", tmp_path / "x.partial"
+    process = subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (partial / "media").is_dir() or len(os.listdir(partial / "media")) < 5:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and partial.exists()
+    with pytest.raises(DataError, match="does not exist"):
+        load_clips(out)
+    with pytest.raises(DataError, match="not whole"):
+        load_clips(partial)
+    done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "factual" in done.stdout and not partial.exists()
+    assert done.stdout.startswith(f"{out}: {len(load_clips(out).clips)} clips")
+
+
+def test_default_test_split_is_large_enough() -> None:
+    """At least 600 conflicts and 300 grids to test on, each unordered pair of clips once; every class is tested."""
+    config = DataConfig()
+    classes = _classes(config)
+    pairs = split_pairs([c.name for c in classes], config.seed)
+    test = [
+        Clip(j.id, "", "test", "factual", j.kind.name, j.kind.name, j.kind.seen, j.kind.heard, "", "", j.id, j.id, "", "", 2.0)
+        for j in _factual(config, classes)
+        if j.split == "test"
+    ]
+    swaps = choose_swaps(test, pairs.test, config.rounds.test, config.seed)
+    assert len(swaps) >= 300 and len({frozenset((i.id, j.id)) for i, j in swaps}) == len(swaps)
+    assert len({i.video_label for i, _ in swaps} | {j.video_label for _, j in swaps}) == 43
+
+
+def test_every_source_is_rendered() -> None:
+    config = DataConfig()
+    jobs = _factual(config, _classes(config))
+    assert len({j.id for j in jobs}) == len({j.seed for j in jobs}) == len(jobs) == 43 * (12 + 4 + 3 + 8 + 2)
+    for split in ("train", "test"):
+        used = {s.id for j in jobs if j.split == split for s in (j.picture, j.sound)}
+        assert used == {s.id for c in load_sources() for s in (*c.train_pictures, *c.train_sounds)}

@@ -1,0 +1,183 @@
+"""Clip folders: read back as written, and refused with one clear sentence when anything is wrong."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.clips import Clip, Clips, DataError, Grid, load_clips, save_clips
+from data.media import stream_hashes
+
+
+def rows(folder: Path, table: str = "clips") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{table}.jsonl").read_text().splitlines()]
+
+
+def write(folder: Path, changed: list[dict[str, Any]], table: str = "clips") -> None:
+    (folder / f"{table}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+
+
+def edit(folder: Path, table: str, number: int, **changes: Any) -> None:
+    """Change fields of one row; None removes the field."""
+    changed = rows(folder, table)
+    changed[number] = {k: v for k, v in (changed[number] | changes).items() if v is not None}
+    write(folder, changed, table)
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def number_of(folder: Path, split: str, condition: str) -> int:
+    return next(i for i, row in enumerate(rows(folder)) if row["split"] == split and row["condition"] == condition)
+
+
+def test_read_back(small: Clips, folder: Path) -> None:
+    loaded = load_clips(folder)
+    assert loaded.clips == small.clips and loaded.grids == small.grids and loaded.root == folder
+    assert loaded.labels()["fire_truck"] == ("a fire truck", "a siren wailing")
+    clip = loaded.select("test", "counterfactual")[0]
+    assert loaded.by_id()[clip.id] is clip and loaded.path(clip).is_file()
+    assert {c.split for c in loaded.select("plan")} == {"plan"} and {c.condition for c in loaded.select(condition="muted")} == {"muted"}
+    assert loaded.data_hash == loaded.manifest["data_hash"]
+
+
+def test_table(small: Clips) -> None:
+    table = small.table
+    assert table.column_names == [f.name for f in fields(Clip)] and len(table) == len(small.clips)
+    assert table[3] == asdict(small.clips[3])
+    assert str(table.features["seconds"].dtype) == "float64" and str(table.features["id"].dtype) == "string"
+    assert table is small.table
+
+
+def test_save_and_load_own_folder(small: Clips, tmp_path: Path) -> None:
+    """The recipe of the module's docstring."""
+    (tmp_path / "media").mkdir()
+    own = []
+    for clip in small.select("test", "factual")[:2]:
+        file = f"media/{clip.video_label}.mp4"
+        (tmp_path / file).write_bytes(small.path(clip).read_bytes())
+        name = clip.video_label
+        own.append(Clip(name, file, "test", "factual", name, name, "it", "its noise", "x", "x", name, name, *stream_hashes(tmp_path / file), seconds=1.0))
+    save_clips(tmp_path, own, [], {"labels": [["dog", "a dog", "a dog barking"], ["cow", "a cow", "a cow mooing"]]})
+    assert load_clips(tmp_path).clips == tuple(own)
+    # The least folder by hand: no grids.jsonl, two fields in the manifest.
+    (tmp_path / "grids.jsonl").unlink()
+    (tmp_path / "manifest.json").write_text('{"version": 1, "labels": [["dog", "a dog", "a dog barking"], ["cow", "a cow", "a cow mooing"]]}')
+    assert load_clips(tmp_path).clips == tuple(own) and load_clips(tmp_path).grids == ()
+    with pytest.raises(DataError, match=r"nowhere\.mp4 cannot be written or found"):
+        save_clips(tmp_path, [replace(own[0], file="media/nowhere.mp4")], [], {"labels": [["dog", "a", "b"]]})
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def swap_grid(folder: Path) -> None:
+    grid = rows(folder, "grids")[0]
+    edit(folder, "grids", 0, ox=grid["xo"], xo=grid["ox"])
+
+
+def leak_rendering(folder: Path) -> None:
+    """A plan clip that claims a train rendering, its own streams notwithstanding."""
+    train = rows(folder)[number_of(folder, "train", "factual")]
+    edit(folder, "clips", number_of(folder, "plan", "factual"), video_rendering=train["video_rendering"])
+    write(folder, [], "grids")
+
+
+def leak_stream(folder: Path) -> None:
+    """A test clip whose sound is, byte for byte, one of train's under another name."""
+    train = rows(folder)[number_of(folder, "train", "factual")]
+    edit(folder, "clips", number_of(folder, "test", "factual"), audio_sha256=train["audio_sha256"])
+
+
+def leak_pair(folder: Path) -> None:
+    """A train conflict of a pair of test, the other way round."""
+    changed = rows(folder)
+    a, b = json.loads((folder / "manifest.json").read_text())["pairs"]["test"][0]
+    number = number_of(folder, "train", "counterfactual")
+    changed[number] |= {"video_label": b, "audio_label": a}
+    write(folder, changed)
+
+
+def leak_pair_by_hand(folder: Path) -> None:
+    """The same where no manifest says which pairs are held out: test's own conflicts do."""
+    edit_manifest(folder, pairs=None)
+    tested = rows(folder)[number_of(folder, "test", "counterfactual")]
+    edit(folder, "clips", number_of(folder, "train", "counterfactual"), video_label=tested["audio_label"], audio_label=tested["video_label"])
+
+
+def remove_media(folder: Path) -> None:
+    (folder / rows(folder)[2]["file"]).unlink()
+
+
+def truncate_media(folder: Path) -> None:
+    os.truncate(folder / rows(folder)[2]["file"], 500)
+
+
+def append(folder: Path, name: str, text: str) -> None:
+    with open(folder / name, "a") as file:
+        file.write(text)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"clips is not whole: it has no manifest\.json.*Build it again"),
+    "manifest no JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json cannot be read as JSON"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json is not a JSON object"),
+    "manifest unknown field": (lambda f: edit_manifest(f, labells=[]), r'manifest\.json has an unknown field "labells"\. Remove it'),
+    "manifest version": (lambda f: edit_manifest(f, version=0), "has version 0, this code reads version 1"),
+    "manifest without labels": (lambda f: edit_manifest(f, labels=None), r'manifest\.json needs "labels"'),
+    "manifest short label": (lambda f: edit_manifest(f, labels=[["dog", "a dog"]]), r'manifest\.json needs "labels"'),
+    "manifest label twice": (lambda f: edit_manifest(f, labels=[["dog", "a", "b"], ["dog", "c", "d"]]), "names a label twice"),
+    "no table": (lambda f: (f / "clips.jsonl").unlink(), r"clips\.jsonl cannot be read"),
+    "empty table": (lambda f: [write(f, []), write(f, [], "grids")], r"clips\.jsonl has no clips"),
+    "line no JSON": (lambda f: append(f, "clips.jsonl", "{no\n"), r"clips\.jsonl line \d+ is not JSON"),
+    "line a list": (lambda f: append(f, "clips.jsonl", "[1]\n"), r"clips\.jsonl line \d+ is not a JSON object"),
+    "unknown field": (lambda f: edit(f, "clips", 1, colour="red"), r'clips\.jsonl line 2 has an unknown field "colour"\. Remove it'),
+    "missing field": (lambda f: edit(f, "clips", 1, heard=None), r'clips\.jsonl line 2 has no field "heard"\. Add it'),
+    "wrong type": (lambda f: edit(f, "clips", 1, seconds="two"), r"clips\.jsonl line 2: \"seconds\" is 'two', but must be a number"),
+    "a number for a word": (lambda f: edit(f, "clips", 1, seen=3), r'clips\.jsonl line 2: "seen" is 3, but must be a string'),
+    "unknown split": (lambda f: edit(f, "clips", 1, split="dev"), r'line 2: unknown split "dev"\. Use one of train, plan'),
+    "unknown condition": (lambda f: edit(f, "clips", 1, condition="mixed"), r'line 2: unknown condition "mixed"'),
+    "unknown label": (lambda f: edit(f, "clips", 1, audio_label="dodo"), r'has the unknown label "dodo"\. Add it to "labels" in .*manifest\.json'),
+    "label missing": (lambda f: edit(f, "clips", 1, audio_label=""), r'is factual but has the label ""'),
+    "muted with label": (lambda f: edit(f, "clips", number_of(f, "test", "muted"), audio_label="dog"), 'is muted but has the label "dog"'),
+    "id twice": (lambda f: edit(f, "clips", 1, id=rows(f)[0]["id"]), r"clips\.jsonl line 2 repeats the id"),
+    "id a path": (lambda f: edit(f, "clips", 1, id="a/b"), 'the id "a/b" cannot be a file name'),
+    "media missing": (remove_media, r"mp4, the file of clip .* does not exist"),
+    "media truncated": (truncate_media, r"mp4 has 500 bytes, not the \d+ it was written with"),
+    "grid of nothing": (lambda f: edit(f, "grids", 0, xx="nobody"), r'grids\.jsonl: grid .* names the clip "nobody"'),
+    "grid across splits": (lambda f: edit(f, "grids", 0, split="test"), r"is of split test, but its clip"),
+    "grid the wrong way": (swap_grid, "is not a pair of clips and their two swaps"),
+    "grid unknown field": (lambda f: edit(f, "grids", 0, yy="x"), r'grids\.jsonl line 1 has an unknown field "yy"'),
+    "rendering leaks": (leak_rendering, r"the rendering train_\S+ is in two splits, (train|plan)"),
+    "stream leaks": (leak_stream, "the audio stream [0-9a-f]+ is in two splits"),
+    "pair leaks": (leak_pair, "a pair that is held out for testing"),
+    "pair leaks by hand": (leak_pair_by_hand, "a pair that is held out for testing"),
+    "changed afterwards": (lambda f: edit(f, "clips", 1, seen="a thing"), "was changed after its manifest.json was written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(folder: Path, case: str) -> None:
+    spoil, message = BAD[case]
+    spoil(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        load_clips(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist. Build it with"):
+        load_clips(tmp_path / "nowhere")
+
+
+def test_grid_round_trip(small: Clips, folder: Path) -> None:
+    grid = small.grids[0]
+    assert Grid(**rows(folder, "grids")[0]) == grid
+    clips = small.by_id()
+    assert clips[grid.oo].condition == clips[grid.xx].condition == "factual"
+    assert clips[grid.ox].video_sha256 == clips[grid.oo].video_sha256 and clips[grid.ox].audio_sha256 == clips[grid.xx].audio_sha256
+    assert clips[grid.xo].video_sha256 == clips[grid.xx].video_sha256 and clips[grid.xo].audio_sha256 == clips[grid.oo].audio_sha256

@@ -1,0 +1,118 @@
+"""The builder of counterfactuals, against assignments found by hand."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.clips import Clip, Clips
+from data.counterfactual import assign, choose_swaps, make_grid, similarities
+from data.media import read_audio, read_video, stream_hashes
+
+
+def clip(name: str, seen: str, heard: str, label: str | None = None) -> Clip:
+    label = label or name
+    return Clip(name, f"media/{name}.mp4", "test", "factual", label, label, seen, heard, name, name, name, name, "", "", 2.0)
+
+
+def names(swaps: list[tuple[Clip, Clip]]) -> set[tuple[str, str]]:
+    return {(i.id, j.id) for i, j in swaps}
+
+
+def test_similarities_by_hand() -> None:
+    # "a", "the" are stop words. idf = ln((1 + n) / (1 + df)) + 1 with n = 3: red (df 2) ln(4/3) + 1, the others (df 1) ln 2 + 1.
+    red, rest = math.log(4 / 3) + 1, math.log(2) + 1
+    expected = red**2 / (red**2 + rest**2)
+    found = similarities(["a red car", "the red bus", "rain"])
+    assert found[0, 1] == pytest.approx(expected) == pytest.approx(found[1, 0])
+    assert np.diag(found) == pytest.approx(1.0) and found[0, 2] == found[1, 2] == 0
+    assert not similarities(["", ""]).any()
+
+
+def test_assignment_by_hand() -> None:
+    # Greedy would take (0, 1) at 0.0 and then be left with (2, 0) or (1, 0) at 0.9: 0.0 + 0.9 + ...; the least sum is a cycle.
+    similarity = np.array([[1.0, 0.0, 0.1], [0.2, 1.0, 0.9], [0.9, 0.1, 1.0]])
+    off = ~np.eye(3, dtype=bool)
+    # The two derangements: 0>1>2>0 costs 0.0 + 0.9 + 0.9, 0>2>1>0 costs 0.1 + 0.1 + 0.2.
+    assert assign(similarity, off) == [(0, 2), (1, 0), (2, 1)]
+
+
+def test_assignment_is_least_among_all() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        similarity = rng.random((6, 6))
+        allowed = ~np.eye(6, dtype=bool) & (rng.random((6, 6)) > 0.2)
+        found = assign(similarity, allowed)
+        totals = []
+        for columns in itertools.permutations(range(6)):
+            cells = [(i, j) for i, j in enumerate(columns) if allowed[i, j]]
+            totals.append((-len(cells), sum(similarity[c] for c in cells)))
+        assert (-len(found), sum(similarity[c] for c in found)) == pytest.approx(min(totals))
+
+
+def test_row_without_partner_is_left_out() -> None:
+    allowed = np.array([[False, True, False], [True, False, False], [False, False, False]])
+    assert assign(np.zeros((3, 3)), allowed) == [(0, 1), (1, 0)]
+    assert assign(np.zeros((2, 2)), np.zeros((2, 2), dtype=bool)) == []
+
+
+def test_ties_are_broken_by_seed() -> None:
+    off = ~np.eye(12, dtype=bool)
+    results = [assign(np.zeros((12, 12)), off, seed) for seed in (0, 0, 1)]
+    assert results[0] == results[1] != results[2]
+
+
+HORSE = clip("horse", "a horse", "a horse neighing")
+GALLOP = clip("gallop", "a horse", "a horse galloping")
+BELL = clip("bell", "a bell", "a bell ringing")
+RAIN = clip("rain", "a cloud", "rain falling")
+
+
+def test_similar_captions_are_never_swapped() -> None:
+    four = [HORSE, GALLOP, BELL, RAIN]
+    for rounds in (1, 3):
+        swaps = choose_swaps(four, rounds=rounds)
+        assert not {("horse", "gallop"), ("gallop", "horse")} & names(swaps)
+    # All five pairs that remain, each once.
+    assert len({frozenset(p) for p in names(choose_swaps(four, rounds=9))}) == len(choose_swaps(four, rounds=9)) == 5
+    assert len(choose_swaps(four, rounds=9, max_similarity=1.0)) == 6
+
+
+def test_only_allowed_class_pairs_and_no_repeats() -> None:
+    clips = [clip(f"{label}{k}", f"a {label}", f"{label} sounding", label) for label in ("bell", "dog", "rain", "saw") for k in range(3)]
+    allowed = {("bell", "dog"), ("rain", "saw")}
+    swaps = choose_swaps(clips, allowed, rounds=2, seed=4)
+    assert {frozenset((i.video_label, j.video_label)) for i, j in swaps} == {frozenset(p) for p in allowed}
+    assert len({frozenset((i.id, j.id)) for i, j in swaps}) == len(swaps)
+    # 9 bell-dog and 9 rain-saw pairs exist; enough rounds find each once and then no more.
+    assert len(choose_swaps(clips, allowed, rounds=20)) == 18
+    assert swaps == choose_swaps(clips, allowed, rounds=2, seed=4) != choose_swaps(clips, allowed, rounds=2, seed=5)
+
+
+def test_one_round_is_one_to_one() -> None:
+    clips = [clip(f"c{k}", f"thing{k}", f"noise{k}") for k in range(15)]
+    swaps = choose_swaps(clips)
+    assert len({i.id for i, _ in swaps}) == len({j.id for _, j in swaps}) == len(swaps)
+    assert choose_swaps(clips[:1]) == [] == choose_swaps([])
+
+
+def test_clips_whose_streams_differ_in_class_need_both_swaps_allowed() -> None:
+    # Picture of a man, sound of speech; swapped with a bell it makes man-bell and bell-speech.
+    man = Clip("m", "m.mp4", "test", "factual", "man", "speech", "a man", "speech", "m", "m", "m", "m", "", "", 2.0)
+    assert choose_swaps([man, BELL], {("bell", "man")}) == []
+    assert len(choose_swaps([man, BELL], {("bell", "man"), ("bell", "speech")})) == 1
+
+
+def test_grid_of_real_clips(small: Clips, tmp_path: Path) -> None:
+    i, j = [c for c in small.select("test", "factual") if c.id in ("test_dog_00", "test_bell_00")]
+    (ox, xo), grid = make_grid(small.root, i, j, tmp_path)
+    assert (grid.oo, grid.ox, grid.xo, grid.xx) == (i.id, ox.id, xo.id, j.id)
+    for swap, seen, heard in ((ox, i, j), (xo, j, i)):
+        assert swap.condition == "counterfactual" and swap.split == "test"
+        assert (swap.video_label, swap.seen, swap.video_source, swap.video_rendering) == (seen.video_label, seen.seen, seen.video_source, seen.id)
+        assert (swap.audio_label, swap.heard, swap.audio_source, swap.audio_rendering) == (heard.audio_label, heard.heard, heard.audio_source, heard.id)
+        assert (swap.video_sha256, swap.audio_sha256) == stream_hashes(tmp_path / swap.file) == (seen.video_sha256, heard.audio_sha256)
+        assert np.array_equal(read_video(tmp_path / swap.file, 4), read_video(small.path(seen), 4))
+        assert np.array_equal(read_audio(tmp_path / swap.file), read_audio(small.path(heard)))

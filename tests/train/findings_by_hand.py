@@ -1,0 +1,70 @@
+"""Findings made by hand, so that every choice of the plan can be worked out on paper."""
+
+from analysis.findings import CutEffect, Estimate, Findings, Following, Sample
+
+
+def estimate(value, half=0.02, n=100):
+    """An estimate with a symmetric interval."""
+    return None if value is None else Estimate(value, value - half, value + half, n, 10)
+
+
+def following(condition, question, correct, other=0.0):
+    """Rates of a condition and question; what is neither right nor following the other stream is `neither`."""
+    rest = 1 - correct - other
+    heard, seen = (correct, other) if question == "hear" or condition == "factual" else (other, correct)
+    return Following(condition, question, estimate(heard), estimate(seen), estimate(0.0), estimate(rest), estimate(0.0), estimate(correct))
+
+
+def cut(site, start, stop, condition, question, rate, logprob, family="from", margin=None, half=0.02):
+    """The effect of a cut; `rate` is the share of the stream that is left (on factual clips: of right answers)."""
+    audio, vision = (rate, None) if question == "hear" or condition == "factual" else (None, rate)
+    return CutEffect(
+        site, start, stop, family, condition, question, estimate(logprob, half), estimate(margin, half), estimate(audio, half), estimate(vision, half)
+    )
+
+
+def biased(**changes):
+    """An 8-layer model: follows vision when asked what it hears; cutting video off its answers from layer 3 on mends it."""
+    conflict, hear, see = "counterfactual", "hear", "see"
+    values = {
+        "model": "m",
+        "adapter": None,
+        "base": None,
+        "split": "plan",
+        "data_hash": "h",
+        "n_layers": 8,
+        "settings": {},
+        "following": [
+            following("factual", hear, 0.99),
+            following("factual", see, 0.98),
+            following(conflict, hear, 0.20, 0.60),
+            following(conflict, see, 0.70, 0.10),
+        ],
+        "knockout": [
+            # best of all, but it ruins factual clips
+            cut("video->audio", 0, 8, conflict, hear, 0.97, 3.0, "all"),
+            cut("video->audio", 0, 8, "factual", hear, 0.60, -1.0, "all"),
+            # two harmless ones a hair apart: the one with more log p wins, although its rate is a little lower
+            cut("video->emitters", 3, 8, conflict, hear, 0.955, 2.0),
+            cut("video->emitters", 3, 8, "factual", hear, 0.98, 0.0),
+            cut("video->emitters", 4, 8, conflict, hear, 0.96, 1.5),
+            cut("video->emitters", 4, 8, "factual", hear, 0.99, 0.0),
+            # weaker
+            cut("video->question", 0, 8, conflict, hear, 0.21, 0.1, "all"),
+            cut("video->question", 0, 8, "factual", hear, 0.99, 0.0, "all"),
+            # the mirror
+            cut("audio->emitters", 2, 8, conflict, see, 0.90, 1.0),
+            cut("audio->emitters", 2, 8, "factual", see, 0.98, 0.0),
+            # windows: 1 to 5 raise log p, the others do not surely
+            *(
+                cut("video->question+emitters", a, a + 3, conflict, hear, None, lp, "window")
+                for a, lp in enumerate([0.01, 0.5, 0.9, 0.0, -0.1, -0.2])
+            ),
+        ],
+    }
+    return Findings(**{**values, **changes})
+
+
+def sample(heard, verdict, i):
+    """One answer to a hear-question on a conflict."""
+    return Sample(f"c{i}", "f.mp4", "counterfactual", "a cat", heard, "What do you hear?", "hear", "", verdict, "p", "r")

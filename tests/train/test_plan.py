@@ -1,0 +1,144 @@
+"""The plan of hand-made findings, worked out on paper (tests/train/findings_by_hand.py)."""
+
+import dataclasses
+
+import pytest
+from rich.console import Console
+
+from tests.train.findings_by_hand import biased, cut, following, sample
+from train.config import Config, DataPart, LoRAPart, LossPart, SchedulePart
+from train.plan import Choice, Plan, PlanError, make_plan, parse_cut, show
+
+
+def test_choices_by_hand():
+    plan = make_plan(biased(), Config())
+    assert plan.teacher_cut.value == "video->emitters 3:8"  # 95.5 % lies within a point of 96 %, log p +2.0 against +1.5; video->audio harms
+    assert "95.5 %" in plan.teacher_cut.because and "uncut 20.0 %" in plan.teacher_cut.because and "98.0 %" in plan.teacher_cut.because
+    assert plan.mirror_cut.value == "audio->emitters 2:8"
+    assert plan.fusion_window.value == [1, 5]  # windows 1:4 and 2:5
+    assert "2 of 6 windows" in plan.fusion_window.because and "2:5 (+0.90" in plan.fusion_window.because
+    assert plan.lora_layers.value == [1, 2, 3, 4, 5, 6, 7]  # from the fusion window's first layer to the cuts' last
+    assert plan.lora_projections.value == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 2 * 0.3 / 1.1 = 0.55; 600 * 1.1 = 660 grids, 4 a step -> 165 -> 170 steps
+    assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 0.55, "retention": 1.0}
+    assert plan.steps.value == 170
+    assert not any(getattr(plan, f.name).overridden for f in dataclasses.fields(plan) if f.name != "lora_targets")
+
+
+def test_the_mlp_joins_where_cutting_is_not_enough():
+    findings = biased()
+    findings.knockout = [e for e in findings.knockout if e.site != "video->emitters"] + [
+        cut("video->emitters", 3, 8, "counterfactual", "hear", 0.60, 1.0),
+        cut("video->emitters", 3, 8, "factual", "hear", 0.99, 0.0),
+    ]
+    plan = make_plan(findings, Config())
+    assert plan.lora_projections.value[-3:] == ["gate_proj", "up_proj", "down_proj"] and "60.0 % only" in plan.lora_projections.because
+
+
+def test_every_choice_can_be_overridden():
+    config = Config(
+        lora=LoRAPart(layers=(2, 0), projections=("v_proj",)),
+        loss=LossPart(teacher_cut="video->question 1:2", mirror_cut="audio->video 0:1", counterfactual_ce=0, distillation=0.3, mirror=0, retention=2),
+        schedule=SchedulePart(steps=5),
+    )
+    plan = make_plan(biased(), config)
+    assert plan.weights() == {"distillation": 0.3, "retention": 2.0}
+    assert (plan.teacher_cut.value, plan.mirror_cut.value, plan.steps.value) == ("video->question 1:2", "audio->video 0:1", 5)
+    assert (plan.lora_layers.value, plan.lora_projections.value) == ([0, 2], ["v_proj"])
+    assert plan.teacher_cut.overridden and "From the findings: video->emitters 3:8" in plan.teacher_cut.because
+
+
+def test_factual_training_has_no_cross_entropy_and_draws_all_classes_alike():
+    findings = biased(samples=[sample("a dog barking", "vision", i) for i in range(20)])
+    plan = make_plan(findings, Config(data=DataPart(train_on="factual")))
+    assert plan.counterfactual_ce.value == 0 and plan.class_weights.value == {}
+
+
+def test_classes_that_fail_are_drawn_more():
+    samples = [sample("a dog barking", "vision" if i < 6 else "audio", i) for i in range(8)] + [sample("rain", "audio", i) for i in range(8)]
+    plan = make_plan(biased(samples=samples), Config())
+    # mean failure 6 / 16 = 0.375; dog (6 + 0.75) / 10 = 0.675 -> 0.5 + 0.5 * 1.8 = 1.4; rain 0.75 / 10 = 0.075 -> 0.5 + 0.5 * 0.2 = 0.6
+    assert plan.class_weights.value == {"a dog barking": 1.4, "rain": 0.6}
+
+
+def test_no_bias_is_refused():
+    rates = [following(c, q, 0.97) for c in ("factual", "counterfactual") for q in ("hear", "see")]
+    with pytest.raises(PlanError, match="show no bias"):
+        make_plan(biased(following=rates), Config())
+    make_plan(biased(following=rates), Config(loss=LossPart(require_bias=False, teacher_cut="video->emitters 3:8")))
+
+
+def test_no_helpful_cut_is_refused_with_what_to_do():
+    findings = biased()
+    findings.knockout = [
+        cut("video->emitters", 0, 8, "counterfactual", "hear", 0.21, 0.0),
+        cut("video->emitters", 0, 8, "factual", "hear", 0.99, 0.0),
+    ]
+    with pytest.raises(PlanError, match=r"none of 1 cuts of video raises the true sound.*--loss.teacher-cut"):
+        make_plan(findings, Config())
+    assert "distillation" not in make_plan(findings, Config(loss=LossPart(distillation=0))).weights()
+
+
+def test_cuts_that_only_harm_are_refused():
+    findings = biased()
+    findings.knockout = [e for e in findings.knockout if e.site == "video->audio"]
+    with pytest.raises(PlanError, match="each harms factual clips"):
+        make_plan(findings, Config())
+
+
+def test_without_a_mirror_cut_the_mirror_is_off_and_asking_for_it_is_refused():
+    findings = biased()
+    findings.knockout = [e for e in findings.knockout if not e.site.startswith("audio")]
+    plan = make_plan(findings, Config())
+    assert plan.mirror_cut.value is None and plan.mirror.value == 0 and "no cut of audio was measured" in plan.mirror.because
+    with pytest.raises(PlanError, match=r"loss\.mirror is 1"):
+        make_plan(findings, Config(loss=LossPart(mirror=1.0)))
+
+
+def test_where_only_scores_were_measured_the_margin_decides():
+    findings = biased()
+    findings.knockout = [
+        cut("video->emitters", 2, 4, "counterfactual", "hear", None, 0.5, margin=1.0),
+        cut("video->emitters", 2, 4, "factual", "hear", None, -0.05),
+        cut("video->emitters", 4, 6, "counterfactual", "hear", None, 0.9, margin=2.0),
+        cut("video->emitters", 4, 6, "factual", "hear", None, -0.5),  # harms
+    ]
+    assert make_plan(findings, Config()).teacher_cut.value == "video->emitters 2:4"
+
+
+def test_the_test_split_may_not_choose():
+    with pytest.raises(PlanError, match="graded on what it was chosen on"):
+        make_plan(biased(split="test"), Config())
+
+
+def test_missing_rates_are_named():
+    with pytest.raises(PlanError, match="hear-questions on counterfactual clips"):
+        make_plan(biased(following=[]), Config())
+
+
+def test_layers_and_cuts_beyond_the_model_are_refused():
+    with pytest.raises(PlanError, match="layers 0 to 7"):
+        make_plan(biased(), Config(lora=LoRAPart(layers=(8,))))
+    with pytest.raises(PlanError, match="has 8 layers"):
+        make_plan(biased(), Config(loss=LossPart(teacher_cut="video->emitters 3:9")))
+
+
+def test_saved_loaded_and_shown(tmp_path):
+    plan = make_plan(biased(), Config())
+    plan.lora_targets = ["a.q_proj"]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    console = Console(record=True, width=100)
+    show(plan, console)
+    text = console.export_text()
+    assert "teacher cut" in text and "video->emitters" in text
+    (tmp_path / "plan.json").write_text('{"steps": 3}')
+    with pytest.raises(PlanError, match="is not a plan of this version"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_parse_cut():
+    assert parse_cut("video->question+emitters 2:5").site == "video->question+emitters"
+    with pytest.raises(PlanError):
+        parse_cut("video 2")
+    assert Choice(1, "x").overridden is False

@@ -1,0 +1,105 @@
+"""Which checkpoint is the best one, by its diagnosis on the selection split.
+
+best = choose_best(checkpoint_folder, findings_before_training, retention_bound=0.01, tie=0.01)
+best.save("runs/x/best.json")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.findings import Findings
+from train.checkpoints import CheckpointError, whole_checkpoints
+from train.files import write_json
+
+
+@dataclass
+class Rates:
+    """What choice looks at: shares of right answers (that name the designated label alone), on the selection split."""
+
+    hear_conflicts: float  # audio-following
+    see_conflicts: float
+    hear_factual: float
+    see_factual: float
+
+    @classmethod
+    def of(cls, findings: Findings) -> Rates:
+        """Read from findings. Raises CheckpointError where a rate was not measured."""
+        values = []
+        for condition in ("counterfactual", "factual"):
+            for question in ("hear", "see"):
+                row = findings.following_rate(condition, question)
+                if row is None or row.correct.value is None:
+                    raise CheckpointError(
+                        f"The diagnosis of {findings.adapter or findings.model} has no rate for {question}-questions on {condition} clips of the "
+                        f"{findings.split} split, so checkpoints cannot be compared. Does that split have such clips?"
+                    )
+                values.append(row.correct.value)
+        return cls(*values)
+
+
+@dataclass
+class Best:
+    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips."""
+
+    checkpoint: str
+    because: str
+    within_bound: bool
+    before: Rates
+    candidates: dict[str, dict[str, float]]
+
+    def save(self, path: Path) -> None:
+        """Write best.json atomically."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Best:
+        """Read best.json. Raises CheckpointError naming the file if it cannot be used."""
+        try:
+            raw = json.loads(path.read_text())
+            return cls(**{**raw, "before": Rates(**raw["before"])})
+        except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Delete it and start the run again: it is made anew.") from None
+
+
+def choose_best(folder: Path, before: Findings, retention_bound: float, tie: float) -> Best:
+    """The checkpoint that follows the audio most on conflicts and has lost at most `retention_bound` on factual clips, hear and see.
+
+    Checkpoints within `tie` of the largest audio-following count as equal; of those, the one that is right most often on see-questions about the same
+    conflicts, then the later one. If none keeps within the bound, the one that lost least, and `because` says so.
+    Looks at every checkpoint in `folder` that has been diagnosed; raises CheckpointError if there is none.
+    """
+    start = Rates.of(before)
+    rates = {p.name: Rates.of(Findings.load(p / "findings.json")) for p in whole_checkpoints(folder) if (p / "findings.json").is_file()}
+    if not rates:
+        raise CheckpointError(f"{folder} has no diagnosed checkpoint to choose from.")
+    lost = {name: max(start.hear_factual - r.hear_factual, start.see_factual - r.see_factual) for name, r in rates.items()}
+    kept = [name for name in rates if lost[name] <= retention_bound + 1e-9]
+    if kept:
+        top = max(rates[name].hear_conflicts for name in kept)
+        equal = [name for name in kept if rates[name].hear_conflicts >= top - tie - 1e-9]
+        name = max(equal, key=lambda n: (rates[n].see_conflicts, n))
+        why = f"Of {len(rates)} checkpoints {len(kept)} lost at most {_points(retention_bound)} on factual clips; of these it is "
+        why += (
+            "the one that follows the audio most" if len(equal) == 1 else f"best on see-questions among the {len(equal)} that follow the audio most"
+        )
+    else:
+        name = min(rates, key=lambda n: (lost[n], -rates[n].hear_conflicts))
+        why = f"No checkpoint kept within {_points(retention_bound)} of before on factual clips; this one lost least, {_points(lost[name])}"
+    r = rates[name]
+    because = (
+        f"{why}: on conflicts {_change(start.hear_conflicts, r.hear_conflicts)} of hear- and {_change(start.see_conflicts, r.see_conflicts)} of "
+        f"see-questions right, on factual clips {_change(start.hear_factual, r.hear_factual)} and {_change(start.see_factual, r.see_factual)}."
+    )
+    return Best(name, because, bool(kept), start, {n: {**dataclasses.asdict(rates[n]), "lost": max(0.0, lost[n])} for n in rates})
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * before:.1f} → {100 * after:.1f} %"

@@ -1,0 +1,294 @@
+"""The whole job: clips, diagnosis, plan, fine-tuning, diagnosis after each checkpoint, before and after.
+
+    accelerate launch train [--config configs/organism.yaml] [--schedule.lr 1e-3 …]
+
+Every stage leaves a file in the run folder, written last and atomically, so its presence means that the stage is done; the same command started again
+goes on after the last one:
+
+    config.yaml  findings/plan.json  plan.json  findings/before.json  findings/selection.json
+    metrics.jsonl  checkpoints/step_000050/{adapter,state,manifest.json,findings.json}  best.json  findings/after.json  comparison.json  report.html
+
+A step depends on the settings, its number and the parameters only (batches, dropout and learning rate are functions of it), so a run that was
+killed and went on ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from rich.console import Console
+from tqdm import tqdm
+
+from analysis.compare import compare
+from analysis.diagnose import DiagnoseSettings, diagnose
+from analysis.findings import Findings, FindingsError
+from analysis.report import write_report
+from analysis.tables import comparison_tables
+from data.build import build
+from data.clips import Clips, DataError, load_clips
+from data.questions import question
+from models import AVLLM, CutError, ModelError, load_model, self_check
+from train.batches import Answers, loss_terms, make_micro, sample_step, share, training_clips
+from train.best import Best, Rates, choose_best
+from train.checkpoints import CheckpointError, clear_leftovers, load_adapter, load_checkpoint, rotate, save_checkpoint, whole_checkpoints
+from train.config import Config, ConfigError, SchedulePart, differences, load_yaml, parse
+from train.files import read_jsonl, write_json, write_text
+from train.objective import total
+from train.plan import Plan, PlanError, make_plan, show
+
+T = TypeVar("T")
+
+
+class TrainError(ValueError):
+    """A run that cannot go on. The message says why and what to do."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code; what a user can mend ends in one line on stderr and 1."""
+    try:
+        run(parse(args))
+        return 0
+    except (ConfigError, DataError, ModelError, CutError, FindingsError, PlanError, CheckpointError, TrainError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(config: Config) -> Path:
+    """Everything, from the first stage that is not done yet. Returns the run folder. Raises the errors that `main` prints."""
+    schedule, part, folder = config.schedule, config.diagnosis, Path(config.run.folder)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=schedule.accumulate,
+        log_with=None if config.run.tracker == "none" else config.run.tracker,
+        project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait while the main process diagnoses
+    )
+    main_process, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
+    torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
+    with accelerator.main_process_first():
+        open_folder(folder, config, main_process)
+        clips = open_clips(config)
+
+    model = load_model(config.model.path, device=accelerator.device, dtype=getattr(torch, config.model.dtype))
+    sample = clips.select("train", "factual")[:1] or training_clips(clips, config.data.train_on)[:1]
+    self_check(model, model.media(sample[0], clips.root), question("hear"))
+
+    def stage(path: Path, make: Callable[[Path], Any], load: Callable[[Path], T], what: str) -> T:
+        """Make `path` unless it is there; load it."""
+        if main_process and not path.exists():
+            console.print(f"[bold]{what}[/bold]")
+            make(path)
+        accelerator.wait_for_everyone()
+        return load(path)
+
+    def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str) -> Findings:
+        def make(path: Path) -> None:
+            model.decoder.eval()
+            diagnose(model, clips, settings, split=split).save(path)  # in evaluation mode, and without touching the random state
+
+        findings = stage(path, make, Findings.load, what)
+        if findings.data_hash != clips.data_hash:
+            raise TrainError(f"{path} was measured on other clips than {clips.root} holds now. Restore them, or start anew with --run.overwrite.")
+        return findings
+
+    def planned(path: Path) -> None:
+        plan = make_plan(found, config)
+        plan.lora_targets = model.lora_targets(plan.lora_layers.value, plan.lora_projections.value)
+        plan.save(path)
+
+    found = diagnosed(folder / "findings" / "plan.json", "plan", part.plan, "Diagnosing the plan split")
+    plan = stage(folder / "plan.json", planned, Plan.load, "Planning")
+    show(plan, console)
+    before = diagnosed(folder / "findings" / "before.json", "test", part.test, "Diagnosing the test split, before")
+    start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before")
+
+    def diagnose_checkpoint(checkpoint: Path) -> Best:
+        """Findings of a checkpoint (the adapter is the one in the model), the best so far, and the others cleared away."""
+        model.adapter = str(checkpoint / "adapter")
+        findings = diagnosed(checkpoint / "findings.json", "selection", part.selection, f"\nDiagnosing {checkpoint.name}")
+        if main_process:
+            findings.save(folder / "findings" / f"{checkpoint.name}.json")  # stays when the checkpoint is cleared away
+            rates = Rates.of(findings)
+            accelerator.log({f"selection/{name}": value for name, value in vars(rates).items()}, step=int(checkpoint.name.split("_")[1]))
+            choose_best(folder / "checkpoints", start, part.retention_bound, part.tie).save(folder / "best.json")
+            best = Best.load(folder / "best.json")
+            rotate(folder / "checkpoints", config.run.keep, folder / "checkpoints" / best.checkpoint)
+        accelerator.wait_for_everyone()
+        return Best.load(folder / "best.json")
+
+    accelerator.init_trackers("avbalance", config={"run": config.run.folder})
+    console.print(f"[bold]Training[/bold] {plan.steps.value} steps, LoRA on {len(plan.lora_targets)} modules, weights {plan.weights()}")
+    best = train(config, plan, model, clips, accelerator, diagnose_checkpoint)
+    console.print(f"[bold]Best checkpoint[/bold] {best.checkpoint}. {best.because}")
+
+    chosen = folder / "checkpoints" / best.checkpoint
+    load_adapter(chosen, model)
+    model.adapter = str(chosen / "adapter")
+    after = diagnosed(folder / "findings" / "after.json", "test", part.test, "Diagnosing the test split, after")
+    if main_process:
+        comparison = compare(before, after)
+        comparison.save(folder / "comparison.json")
+        console.print(*comparison_tables(comparison))
+        steps = [(p.stem.replace("_0", " ").replace("_", " "), Findings.load(p)) for p in sorted((folder / "findings").glob("step_*.json"))]
+        history = [("before", before), ("step 0", start), *steps, ("after", after)]
+        write_report(folder / "report.html", history, clips.root, plan=dataclasses.asdict(plan), comparison=comparison)
+        console.print(f"The page: {folder / 'report.html'}")
+    accelerator.end_training()
+    return folder
+
+
+def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: Accelerator, after_checkpoint: Callable[[Path], Best]) -> Best:
+    """Fine-tune from the newest whole checkpoint, or from the start. Returns the best checkpoint. Raises TrainError on a loss that is not finite."""
+    schedule, folder, steps = config.schedule, Path(config.run.folder), plan.steps.value
+    every = steps if schedule.checkpoint_every == -1 else schedule.checkpoint_every
+    weights = plan.weights()
+    torch.manual_seed(config.run.seed)
+    model.add_lora(plan.lora_targets, config.lora.r, config.lora.alpha, config.lora.dropout)
+    if schedule.gradient_checkpointing:
+        model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.precompute(training_clips(clips, config.data.train_on), clips.root, progress=accelerator.is_main_process)
+    parameters = [p for _, p in model.trainable_parameters()]
+    adamw = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        prepare_deepspeed(accelerator, config)
+    decoder, optimizer = accelerator.prepare(model.decoder, adamw)
+
+    done, best = 0, None
+    answers: Answers = {}
+    if checkpoints := whole_checkpoints(folder / "checkpoints"):
+        done, answers = load_checkpoint(checkpoints[-1], model, adamw, accelerator)
+        best = after_checkpoint(checkpoints[-1])
+    if accelerator.is_main_process:
+        forget_metrics_after(folder / "metrics.jsonl", done)
+    bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    for step in range(done, steps):
+        began = time.perf_counter()
+        torch.manual_seed((config.run.seed * 1_000_003 + step) * 4096 + accelerator.process_index)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, schedule)
+        groups, sums = sample_step(clips, config, plan, step), dict.fromkeys(weights, 0.0)
+        for part in range(schedule.accumulate):
+            asks = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
+            micro = make_micro(model, asks, clips.root, plan, answers, config.loss.max_answer_tokens)
+            decoder.train()
+            with accelerator.accumulate(decoder):
+                terms = loss_terms(decoder(**micro.batch.inputs).float(), micro)
+                accelerator.backward(total(terms, weights))
+                norm = accelerator.clip_grad_norm_(parameters, schedule.clip) if accelerator.sync_gradients else None
+                if accelerator.sync_gradients and norm is not None and not math.isfinite(norm):
+                    raise_not_finite(folder, step, asks, terms)
+                optimizer.step()
+                optimizer.zero_grad()
+            sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}
+        means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean").tolist()
+        record = dict(zip(sums, means, strict=True)) | {"loss": sum(weights[n] * m for n, m in zip(sums, means, strict=True))}
+        if accelerator.is_main_process:
+            line = {"step": step + 1, **record, "lr": learning_rate(step, steps, schedule), "grad_norm": float(norm or 0.0)}
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({**line, "seconds": round(time.perf_counter() - began, 3)}, allow_nan=False) + "\n")
+            accelerator.log({f"train/{name}": value for name, value in line.items() if name != "step"}, step=step + 1)
+        bar.update()
+        bar.set_postfix_str(status(record, best))
+        if (step + 1) % every == 0 or step + 1 == steps:
+            for others in gather_object([list(answers.items())]):  # so that what a process knows does not depend on when the run was killed
+                answers.update({key: ids for key, ids in others if key not in answers})
+            save_checkpoint(folder / "checkpoints", step + 1, model, adamw, answers, accelerator)
+            accelerator.wait_for_everyone()
+            best = after_checkpoint(folder / "checkpoints" / f"step_{step + 1:06d}")
+            bar.set_postfix_str(status(record, best))
+    bar.close()
+    if best is None:
+        raise TrainError(f"{folder} has no checkpoint and no step is left to take. Start anew with --run.overwrite.")
+    return best
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
+    """The rate of step `step` (from 0) of `steps`: warm-up, then the shape. Never 0, so no step is lost."""
+    warm = math.ceil(schedule.warmup * steps)
+    if step < warm:
+        risen = (step + 1) / warm
+        return schedule.lr * (risen if schedule.shape != "one_cycle" else 0.04 + 0.96 * (1 - math.cos(math.pi * risen)) / 2)
+    fallen = (step - warm) / max(1, steps - warm)
+    return schedule.lr if schedule.shape == "constant" else schedule.lr * (1 + math.cos(math.pi * fallen)) / 2
+
+
+def status(record: dict[str, float], best: Best | None) -> str:
+    """What the bar shows: loss terms and, once a checkpoint has been diagnosed, the rates of the newest."""
+    short = {"counterfactual_ce": "ce", "distillation": "kd", "mirror": "mirror", "retention": "keep", "loss": "loss"}
+    text = " ".join(f"{short[name]} {value:.3f}" for name, value in record.items())
+    if best is not None:
+        newest = best.candidates[max(best.candidates)]
+        text += f" | conflicts: hear {100 * newest['hear_conflicts']:.0f} % see {100 * newest['see_conflicts']:.0f} %"
+    return text
+
+
+def raise_not_finite(folder: Path, step: int, asks: Sequence, terms: dict[str, torch.Tensor]) -> None:
+    """Save the batch and stop."""
+    path = folder / f"not_finite_{os.getpid()}.json"
+    values = {name: str(term.item()) for name, term in terms.items()}
+    write_json(path, {"step": step + 1, "terms": values, "asks": [[a.clip.id, a.question] for a in asks]})
+    raise TrainError(
+        f"The gradient of step {step + 1} is not finite (terms: {values}). The parameters were left as they were; the batch is in {path}. "
+        "A smaller --schedule.lr or --schedule.clip usually helps; with bfloat16, try --model.dtype float32."
+    )
+
+
+def open_folder(folder: Path, config: Config, main_process: bool) -> None:
+    """Make the run folder ready: new, or the same run taken up again. Raises TrainError where it holds another run or something else."""
+    saved = folder / "config.yaml"
+    if folder.exists() and any(folder.iterdir()) and not saved.exists():
+        raise TrainError(f"{folder} is not empty and no run folder (it has no config.yaml). Choose another --run.folder; nothing in it was touched.")
+    if saved.exists() and config.run.overwrite and main_process:
+        shutil.rmtree(folder)
+    if saved.exists() and (odd := differences(load_yaml(saved), config)):
+        raise TrainError(
+            f"{folder} holds a run with other settings: {'; '.join(odd)}. Give the old settings to go on with it, "
+            "another --run.folder to keep it, or --run.overwrite to delete it."
+        )
+    if main_process and not saved.exists():
+        config.save(saved)
+    if main_process:
+        clear_leftovers(folder / "checkpoints")
+
+
+def open_clips(config: Config) -> Clips:
+    """Load the clip folder; build it, or finish building it, where it is ours or not there. Call in the main process first."""
+    manifest = Path(config.data.clips) / "manifest.json"
+    if manifest.is_file() and "config" not in load_clips(config.data.clips).manifest:
+        return load_clips(config.data.clips)  # somebody's own
+    return build(config.data.build, config.data.clips)
+
+
+def default_threads(processes: int) -> int:
+    """Physical cores that this process may use, shared out among `processes`. (`accelerate launch` sets OMP_NUM_THREADS to 1 unless told.)"""
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(1, cores // processes)
+
+
+def forget_metrics_after(path: Path, step: int) -> None:
+    """Drop lines of steps that will be taken again."""
+    lines = [line for line in read_jsonl(path) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def prepare_deepspeed(accelerator: Accelerator, config: Config) -> None:
+    """Tell DeepSpeed what it would otherwise read from a data loader."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = config.schedule.grids // config.schedule.accumulate // accelerator.num_processes
+    settings["gradient_clipping"] = config.schedule.clip
