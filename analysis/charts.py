@@ -102,15 +102,17 @@ def lines(
         return height - bottom - (height - top - bottom) * (min(max(y, y_low), y_high) - y_low) / (y_high - y_low)
 
     show = percent if as_percent else number
+    radius = 2.6 if len(ticks) <= 20 else 1.7
     parts = []
     for y in y_ticks:
         kind = "axis" if abs(y) < 1e-12 else "grid"
         parts.append(Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(kind, left, width - right, py(y), py(y)))
         parts.append(text(left - 6, py(y) + 3.5, f"{100 * y:.0f} %" if as_percent else f"{y:g}".replace("-", "−"), "tick", "end"))
     stride = max(1, math.ceil(len(ticks) * max((len(label) for _, label in ticks[:-1]), default=1) * 8 / (width - left - right)))
+    ends_at = px(x_high) - 3.3 * len(ticks[-1][1]) - 6 if ticks else 0.0  # the last label is always there; others keep clear of it
     for k, (x, label) in enumerate(ticks):
-        if k % stride == 0 or (k == len(ticks) - 1 and k % stride > stride / 2):
-            half = 3.3 * len(label)  # labels of the outer ticks stay inside
+        half = 3.3 * len(label)
+        if k == len(ticks) - 1 or (k % stride == 0 and px(x) + half < ends_at):
             parts.append(text(min(px(x), width - half - 2), height - bottom + 15, label, "tick", "middle"))
     parts.append(text((left + width - right) / 2, height - 4, x_title, "tick", "middle"))
     if grey_band:
@@ -132,7 +134,7 @@ def lines(
             if s.band and e.low is not None and e.high is not None and (len(known) == 1 or (x, e) in alone):
                 template = Markup('<line class="bound {}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
                 parts.append(template.format(style, px(x), px(x), py(e.low), py(e.high)))
-            parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(style, px(x), py(e.value or 0.0)))
+            parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(style, px(x), py(e.value or 0.0), radius))
             found.setdefault(x, []).append(f"{s.name}: {show(e)}, n = {e.n}")
     reach = (width - left - right) / max(len(ticks), 1)
     for x, label in ticks:

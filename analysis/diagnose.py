@@ -40,6 +40,10 @@ PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "
 T = TypeVar("T")
 
 
+class SettingsError(ValueError):
+    """Settings that cannot be measured by. The message names the setting."""
+
+
 @dataclass(frozen=True)
 class DiagnoseSettings:
     """What is measured, and on how many clips. Counts: None is all there are, 0 is none."""
@@ -74,6 +78,8 @@ class DiagnoseSettings:
     """Layers in a sliding window."""
     knockout_answers: int = 1
     """For how many of each site's best cuts greedy answers are generated. -1: for every cut."""
+    knockout_curves: tuple[str, ...] = ("video->emitters", "video->question+emitters")
+    """Sites of which every "from layer k on" cut is answered too."""
     lens_k: int = 5
     """A word counts as seen by the lens when it is among this many top tokens."""
     probe_folds: int = 10
@@ -94,21 +100,24 @@ class DiagnoseSettings:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < (-1 if name == "knockout_answers" else 0):
-                raise ValueError(f"{name} is {value}: it is a number of things and cannot be negative.")
+                raise SettingsError(f"{name} is {value}: it is a number of things and cannot be negative.")
         for name in ("batch", "suffix_batch", "draws", "max_new_tokens", "lens_k", "knockout_width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} has to be at least 1.")
+                raise SettingsError(f"{name} has to be at least 1.")
         if self.probe_folds < 2:
-            raise ValueError("probe_folds has to be at least 2.")
-        if unknown := sorted(set(self.knockout_sites) - set(SITES)):
-            raise ValueError(f"knockout_sites names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
+            raise SettingsError("probe_folds has to be at least 2.")
+        for name in ("knockout_sites", "knockout_curves"):
+            if unknown := sorted(set(getattr(self, name)) - set(SITES)):
+                raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
 
     @classmethod
     def quick(cls, clips: int | None = 120, **changes: Any) -> DiagnoseSettings:
         """Following and reliance only, on this many clips per condition (and half as many grids): what a checkpoint is judged by."""
-        grids = None if clips is None else clips // 2
-        none = {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
-        return replace(cls(counterfactual=clips, factual=clips, grids=grids), **{**none, **changes})
+        return replace(cls(counterfactual=clips, factual=clips, grids=None if clips is None else clips // 2).answers_only(), **changes)
+
+    def answers_only(self) -> DiagnoseSettings:
+        """The same clips, but only what answers follow, and reliance."""
+        return replace(self, alone=0, unseen=0, flow=False, lens=False, probes=False, shift=0, knockout=0, knockout_factual=0)
 
 
 class Chosen(NamedTuple):
@@ -309,7 +318,7 @@ class _Diagnosis:
     def _cut_answers(self, sweep: KnockoutSweep, caps: dict[str, int | None]) -> None:
         """Greedy answers under the best cuts: conflicts of the reporting half, and the factual clips."""
         wanted = self.settings.knockout_answers
-        cuts = sweep.best(10**6 if wanted < 0 else wanted)
+        cuts = list(dict.fromkeys([*sweep.best(10**6 if wanted < 0 else wanted), *sweep.curve([s for s in self.settings.knockout_curves if s in sweep.sites])]))
         if not cuts:
             return
         _, report = sweep.halves()
@@ -321,9 +330,9 @@ class _Diagnosis:
             for _, part in self._parts(mine):
                 sweep.answer(Visit(self.subject, part, condition), cuts)
         self.findings.left_out.append(
-            "Knockout: the best cuts were chosen on one half of the conflicts and their answers measured on the other; all other cuts were only scored."
+            "Knockout: each site's best cuts were chosen on one half of the conflicts and answers under cuts measured on the other; all other cuts were only scored."
             if wanted > 0
-            else "Knockout: answers were generated under every cut, so nothing was chosen here; whoever picks the best of them picks on the clips it is reported on."
+            else "Knockout: nothing was chosen here; whoever picks the best of the cuts that were answered picks on the clips they are reported on."
         )
 
     def _control(self, clips: Sequence[Clip], name: str, audio: bool = True, weights: bool = False) -> ProbeFeatures:

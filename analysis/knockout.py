@@ -5,8 +5,8 @@ start, "from layer k on" for every k, and all layers. Measured by scoring, on fa
 (length-normalised log-likelihood, nats a token) and, on conflicts, of its margin over the other stream's label. For the best cuts of each site also by greedy
 answers: what they follow under the cut.
 
-The best cuts are chosen on one half of the conflicts and their answers are measured on the other half (no shared rendering or class pair) and on
-the factual clips. A cut closes the direct path only; rows in between may already carry the other stream.
+The best cuts are chosen on one half of the conflicts and all answers are measured on the other half (no shared rendering or class pair) and on
+the factual clips; every "from layer k on" cut of some sites can be answered as well, for a curve. A cut closes the direct path only; rows in between may already carry the other stream.
 
 Cost: cuts into question and answer rows all share the clip's one clean media prefix and are scored many to a batch. Cuts into media rows (video->audio,
 audio->video) need the prefix anew each, so they are measured on fewer clips; n says on how many. `models.self_check` runs before anything is cut.
@@ -44,9 +44,9 @@ def windows(n_layers: int, width: int) -> list[Window]:
     families: dict[tuple[int, int], list[str]] = {}
     for start in range(n_layers - width + 1):
         families.setdefault((start, start + width), []).append("window")
-    for start in range(1, n_layers):
+    for start in range(n_layers):
         families.setdefault((start, n_layers), []).append("from")
-    families.setdefault((0, n_layers), []).append("all")
+    families[0, n_layers].append("all")
     return [Window(start, stop, tuple(names)) for (start, stop), names in families.items()]
 
 
@@ -157,6 +157,10 @@ class KnockoutSweep:
                     gain[cut] = float(np.mean(chosen)) if chosen else -np.inf
             out += sorted(gain, key=lambda cut: (-gain[cut], cut.start, cut.stop))[:per_site]
         return out
+
+    def curve(self, sites: Sequence[str]) -> list[Cut]:
+        """Every "from layer k on" cut of these sites."""
+        return [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows if "from" in w.families]
 
     def answer(self, visit: Visit, cuts: Sequence[Cut]) -> None:
         """Greedy answers of the visit's clips under each cut, for the following rates of `rows`."""

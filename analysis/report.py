@@ -140,7 +140,7 @@ def headline_figure(path: str | os.PathLike, findings: list[Named]) -> None:
     left = bars(groups, "What the answers name", width=560, label_width=150)
     parts = [text(0, 16, "What the answers name, " + " (light) and ".join(n for n, _ in ends) + (" (solid)" if len(ends) > 1 else ""), "title")]
     parts.append(Markup('<g transform="translate(0 26)">{}</g>').format(left.body))
-    width, height = 560.0, left.height + 26
+    width, height, right = 560.0, left.height + 26, ""
     name, first = ends[0]
     from_k = [c for c in first.knockout if c.family == "from" and c.site.startswith("video->") and c.audio and c.audio.value is not None]
     if best := best_cuts(from_k):
@@ -150,6 +150,7 @@ def headline_figure(path: str | os.PathLike, findings: list[Named]) -> None:
             parts.append(text(600, 16, f"With {cut_name(site)} cut" + (f", {name}" if len(ends) > 1 else ""), "title"))
             parts.append(Markup('<g transform="translate(600 42)">{}</g>').format(panel.drawings[0][1].body))
             parts.append(_key(646, 34, [("audio", "names the sound"), ("vision", "names the picture")]))
+            right = f" (right: {panel.note.partition(',')[0]})"
             width, height = 990.0, max(height, 42 + panel.drawings[0][1].height)
     row = ends[-1][1].following_rate("counterfactual", "hear")
     if row:

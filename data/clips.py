@@ -149,12 +149,12 @@ def save_clips(folder: Path | str, clips: Iterable[Clip], grids: Iterable[Grid],
     whole = folder / "manifest.json"
     try:
         whole.unlink(missing_ok=True)  # until the new one is there, the folder is not whole
-        (folder / "clips.jsonl").write_text(_jsonl(clips))
-        (folder / "grids.jsonl").write_text(_jsonl(grids))
+        (folder / "clips.jsonl").write_text(_jsonl(clips), encoding="utf-8")
+        (folder / "grids.jsonl").write_text(_jsonl(grids), encoding="utf-8")
         sizes = {c.file: (folder / c.file).stat().st_size for c in clips}
         filled = {**manifest, "version": MANIFEST_VERSION, "files": sizes, "data_hash": _tables_hash(_jsonl(clips), _jsonl(grids))}
         draft = folder / "manifest.json.partial"
-        draft.write_text(json.dumps(filled, indent=1, ensure_ascii=False) + "\n")
+        draft.write_text(json.dumps(filled, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(draft, whole)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be written or found ({error.strerror}). Mend that, then save again.") from error
@@ -172,7 +172,7 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
     rows: list[Row] = []
     ids: set[str] = set()
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}). Build or copy the folder again.") from error
     for number, line in enumerate(lines, 1):
@@ -208,7 +208,7 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json, checked for its keys, its version and the form of its labels."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if not path.parent.is_dir():
             raise DataError(f"{path.parent} does not exist. Build it with `python -m data --out {path.parent}`.") from error
@@ -238,6 +238,8 @@ def _check_clips(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> Non
     for clip in clips:
         if not clip.id or set(clip.id) & set("/\\ \n\t") or clip.id.startswith("."):
             raise DataError(f'{table}: the id "{clip.id}" cannot be a file name. Use letters, digits, "_", "-" and ".".')
+        if not 0 < clip.seconds < float("inf"):
+            raise DataError(f'{table}: clip "{clip.id}" lasts {clip.seconds} seconds. Give its length.')
         for label, absent in ((clip.video_label, clip.condition == "blanked"), (clip.audio_label, clip.condition == "muted")):
             if absent != (label == ""):
                 raise DataError(

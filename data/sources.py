@@ -108,7 +108,7 @@ def load_sources(root: Path = REAL_AV) -> list[SourceClass]:
     """Every class of the set, in manifest order, each file checked against its sha256. Raises DataError for a missing or changed file."""
     manifest_path = root / "manifest.json"
     try:
-        entries = json.loads(manifest_path.read_text())["classes"]
+        entries = json.loads(manifest_path.read_text(encoding="utf-8"))["classes"]
     except OSError as error:
         raise DataError(f"{manifest_path} cannot be read ({error.strerror}). Is {root} the folder of a source set?") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -151,4 +151,4 @@ def attribution(root: Path = REAL_AV) -> str:
 
 
 if __name__ == "__main__":
-    (REAL_AV / "ATTRIBUTION.md").write_text(attribution())
+    (REAL_AV / "ATTRIBUTION.md").write_text(attribution(), encoding="utf-8")

@@ -58,8 +58,8 @@ class OrganismConfig:
     """Clips a class that are only measured on."""
     visual_epochs: int = 24
     audio_epochs: int = 8
-    base_steps: int = 1500
-    av_steps: int = 800
+    base_steps: int = 1200
+    av_steps: int = 600
     audio_only: float = 0.25
     """Share of audio-only examples in the audio-visual phase."""
     batch: int = 32

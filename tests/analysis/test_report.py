@@ -45,7 +45,7 @@ def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
         "models/organism", adapter, "models/base", split, "abc123hash", LAYERS, {"dtype": "float32", "versions": {"torch": "9.9.9"}, "seed": 0},
         following=[follow("counterfactual", "hear", audio, vision), follow("counterfactual", "see", 0.2, 0.6), follow("factual", "hear", 0.985, 0.0)],
         reliance=[Reliance("hear", e(0.9), e(0.8), e(0.834))],
-        knockout=[cut(s, k, LAYERS, "from", c) for s in ("video->emitters", "audio->emitters") for k in range(4) for c in ("counterfactual", "factual")]
+        knockout=[cut(f"{s}->emitters", k, LAYERS, "from", c) for s in ("video", "audio") for k in range(4) for c in ("factual", "counterfactual")]
         + [cut("video->question", k, k + 2, "window", "counterfactual") for k in range(3)]
         + [cut("video->audio", 0, LAYERS, "all", "counterfactual")],
         flow=[Flow(t, v, "counterfactual", {k: [e(0.25)] * LAYERS for k in ("system", "video", "audio", "question")})

@@ -27,8 +27,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "data", "--out", str(out), "--classes", "dog", "cow", "car", "bell", "--render.size", "64", *more]
+def command(out: Path) -> list[str]:
+    """The command line, with four classes and 6 + 1 + 1 + 2 + 1 renderings of each, 1 s long."""
+    numbers = (("train", "6"), ("plan", "1"), ("selection", "1"), ("test", "2"), ("unseen", "1"))
+    renderings = [word for split, n in numbers for word in (f"--renderings.{split}", n)]
+    classes = ["--classes", "dog", "cow", "car", "bell"]
+    return [sys.executable, "-m", "data", "--out", str(out), *classes, *renderings, "--render.size", "64", "--render.seconds", "1"]
 
 
 def test_counts_and_pairs(small: Clips) -> None:
@@ -104,7 +108,7 @@ def test_called_again_returns_what_is_there(folder: Path) -> None:
 
 def test_another_config_or_another_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     before = content(folder)
-    with pytest.raises(DataError, match="clips was built with another config, .* Remove it or choose another folder"):
+    with pytest.raises(DataError, match=r"clips was built with another config, .* Remove it or choose another folder"):
         build(replace(SMALL, seed=5), folder, progress=False)
     assert content(folder) == before
     (tmp_path / "mine").mkdir()
@@ -141,7 +145,7 @@ def test_disk_full_on_the_way(tmp_path: Path) -> None:
 def test_killed_in_the_middle(tmp_path: Path) -> None:
     out, partial = tmp_path / "x", tmp_path / "x.partial"
     process = subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300  # only a build that hangs takes this long
     while not (partial / "media").is_dir() or len(os.listdir(partial / "media")) < 5:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.005)

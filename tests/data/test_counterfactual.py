@@ -112,7 +112,12 @@ def test_grid_of_real_clips(small: Clips, tmp_path: Path) -> None:
     for swap, seen, heard in ((ox, i, j), (xo, j, i)):
         assert swap.condition == "counterfactual" and swap.split == "test"
         assert (swap.video_label, swap.seen, swap.video_source, swap.video_rendering) == (seen.video_label, seen.seen, seen.video_source, seen.id)
-        assert (swap.audio_label, swap.heard, swap.audio_source, swap.audio_rendering) == (heard.audio_label, heard.heard, heard.audio_source, heard.id)
+        assert (swap.audio_label, swap.heard, swap.audio_source, swap.audio_rendering) == (
+            heard.audio_label,
+            heard.heard,
+            heard.audio_source,
+            heard.id,
+        )
         assert (swap.video_sha256, swap.audio_sha256) == stream_hashes(tmp_path / swap.file) == (seen.video_sha256, heard.audio_sha256)
         assert np.array_equal(read_video(tmp_path / swap.file, 4), read_video(small.path(seen), 4))
         assert np.array_equal(read_audio(tmp_path / swap.file), read_audio(small.path(heard)))

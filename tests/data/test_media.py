@@ -159,7 +159,7 @@ def test_late_sound_stays_late(one: Path, tmp_path: Path) -> None:
         targets = {s.index: container.add_stream_from_template(s) for s in source.streams}
         for packet in source.demux():
             if packet.size:
-                if packet.stream.type == "audio":
+                if packet.stream.type == "audio" and packet.pts is not None and packet.dts is not None:
                     packet.pts += RATE // 2
                     packet.dts += RATE // 2
                 packet.stream = targets[packet.stream.index]

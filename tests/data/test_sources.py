@@ -38,7 +38,7 @@ def test_held_out_package() -> None:
 
 
 def test_attribution_is_up_to_date() -> None:
-    text = (REAL_AV / "ATTRIBUTION.md").read_text()
+    text = (REAL_AV / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert text == attribution(), "run python -m data.sources"
     for c in load_sources():
         for s in (*c.pictures, *c.sounds):

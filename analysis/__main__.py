@@ -1,0 +1,182 @@
+"""The diagnostics on the command line.
+
+    python -m analysis diagnose --model models/organism/avllm --clips runs/clips --out before.json
+    python -m analysis diagnose --model models/organism/avllm --adapter runs/organism/checkpoints/step_000150/adapter --clips runs/clips --out after.json
+    python -m analysis compare before.json after.json --out comparison.json
+    python -m analysis report before.json after.json --clips runs/clips --out report.html
+
+Input that cannot be used gives one line on stderr and exit code 2; nothing is left half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg, subcommand
+
+from analysis.diagnose import DiagnoseSettings, SettingsError
+from analysis.findings import Findings, FindingsError
+from data.clips import DataError
+
+Split = Literal["train", "plan", "selection", "test", "unseen"]
+
+
+class UsageError(ValueError):
+    """Arguments that do not fit. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Measure whether a model listens: answers, reliance, attention flow, lens, probes, knockout, token shift."""
+
+    model: str
+    """Folder of a checkpoint (or a hub id)."""
+    clips: Path
+    """Clip folder (`python -m data` builds one)."""
+    out: Path
+    """The findings file to write."""
+    adapter: Path | None = None
+    """A PEFT adapter on top of the model."""
+    base: str | None = None
+    """Vision-language base for token shift; by default the one that the model folder names."""
+    split: Split = "test"
+    """Which part of the clips."""
+    quick: bool = False
+    """Only what answers follow, and reliance."""
+    device: str = "cpu"
+    """Torch device, e.g. cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model. It moves scores, so the findings state it."""
+    settings: Annotated[DiagnoseSettings, arg(name="")] = field(default_factory=DiagnoseSettings)
+
+    def run(self, console: Console) -> None:
+        """Load, measure, write, show."""
+        import torch
+
+        from analysis.diagnose import diagnose
+        from analysis.tables import findings_tables
+        from data.clips import load_clips
+        from models import load_model
+
+        _writable(self.out)
+        clips = load_clips(self.clips)
+        try:
+            device = torch.device(self.device)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UsageError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
+        model = load_model(self.model, self.adapter, device=device, dtype=getattr(torch, self.dtype), base=self.base)
+        findings = diagnose(model, clips, self.settings.answers_only() if self.quick else self.settings, self.split)
+        findings.save(self.out)
+        console.print(*findings_tables(findings), sep="\n")
+        console.print(f"Findings are in {self.out}.")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What changed between two findings of the same clips and settings."""
+
+    before: Positional[Path]
+    """Findings before."""
+    after: Positional[Path]
+    """Findings after."""
+    out: Path | None = None
+    """Also write the comparison as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Load, compare, show, write."""
+        from analysis.compare import compare
+        from analysis.tables import comparison_tables
+
+        if self.out is not None:
+            _writable(self.out)
+        before, after = Findings.load(self.before), Findings.load(self.after)
+        try:
+            comparison = compare(before, after)
+        except ValueError as error:
+            raise UsageError(f"{self.before} and {self.after}: {error}") from None
+        if self.out is not None:
+            comparison.save(self.out)
+        console.print(*comparison_tables(comparison), sep="\n")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One static page from one or more findings, in order of time, with clips to play."""
+
+    findings: Positional[tuple[Path, ...]]
+    """Findings files, oldest first."""
+    clips: Path
+    """The clip folder that they were measured on."""
+    out: Path
+    """The page to write."""
+    names: tuple[str, ...] | None = None
+    """What to call each of the findings; by default the file's name."""
+    plan: Path | None = None
+    """plan.json of a training run."""
+
+    def run(self, console: Console) -> None:
+        """Load, draw, write."""
+        from analysis.compare import compare, differences
+        from analysis.report import write_report
+
+        _writable(self.out)
+        if not self.findings:
+            raise UsageError("report needs at least one findings file; `python -m analysis diagnose` writes one.")
+        names = self.names or tuple(path.stem for path in self.findings)
+        if len(names) != len(self.findings):
+            raise UsageError(f"--names gives {len(names)} names for {len(self.findings)} findings.")
+        loaded = [Findings.load(path) for path in self.findings]
+        plan = None
+        if self.plan is not None:
+            try:
+                plan = json.loads(self.plan.read_text())
+            except ValueError as error:
+                raise UsageError(f"{self.plan} is not JSON ({error}).") from None
+        ends = (loaded[0], loaded[-1])
+        comparison = compare(*ends) if len(loaded) > 1 and not differences(*ends) else None
+        write_report(self.out, list(zip(names, loaded, strict=True)), self.clips, plan, comparison)
+        console.print(f"The page is in {self.out}.")
+
+
+Command = (
+    Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]
+)
+
+
+def _writable(path: Path) -> None:
+    """Refuse an output path before minutes are spent on what would go there."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; --out is the file to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path.parent} cannot be written to. Choose another place with --out.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, or 2 for input that cannot be used."""
+    from models import CutError, ModelError
+
+    try:
+        command = tyro.cli(Command, args=arguments, prog="python -m analysis", description=__doc__)  # type: ignore[arg-type]
+        command.run(Console())
+    except (DataError, ModelError, FindingsError, CutError, SettingsError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
