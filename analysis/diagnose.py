@@ -70,7 +70,7 @@ class DiagnoseSettings:
     """Counterfactual clips for the attention knockout sweep."""
     knockout_factual: int | None = 50
     """Factual clips for the attention knockout sweep."""
-    knockout_media: int | None = 24
+    knockout_media: int | None = 16
     """Clips per condition for cuts into media rows (video->audio, audio->video): each of these needs its own prefix."""
     knockout_sites: tuple[str, ...] = tuple(SITES)
     """Sites that are cut."""
@@ -316,24 +316,24 @@ class _Diagnosis:
         return tally
 
     def _cut_answers(self, sweep: KnockoutSweep, caps: dict[str, int | None]) -> None:
-        """Greedy answers under the best cuts: conflicts of the reporting half, and the factual clips."""
-        wanted = self.settings.knockout_answers
-        cuts = list(dict.fromkeys([*sweep.best(10**6 if wanted < 0 else wanted), *sweep.curve([s for s in self.settings.knockout_curves if s in sweep.sites])]))
-        if not cuts:
-            return
+        """Greedy answers under cuts: of the curves, on all clips of the sweep; of the best of each site, on factual clips and on conflicts not chosen on."""
+        wanted, out = self.settings.knockout_answers, self.findings.left_out
+        curve = sweep.curve([site for site in self.settings.knockout_curves if site in sweep.sites])
+        best = [cut for cut in sweep.best(10**6 if wanted < 0 else wanted) if cut not in curve]
         _, report = sweep.halves()
-        if wanted < 0:  # nothing is chosen, so nothing has to be kept apart
-            report = {clip.id for clip in self.chosen.counterfactual}
         self.bar.update(self.task, description="answers under cuts")
         for condition, clips in self.conditions.items():
-            mine = [c for c in first(clips, caps[condition]) if condition == "factual" or c.id in report]
-            for _, part in self._parts(mine):
-                sweep.answer(Visit(self.subject, part, condition), cuts)
-        self.findings.left_out.append(
-            "Knockout: each site's best cuts were chosen on one half of the conflicts and answers under cuts measured on the other; all other cuts were only scored."
-            if wanted > 0
-            else "Knockout: nothing was chosen here; whoever picks the best of the cuts that were answered picks on the clips they are reported on."
-        )
+            for _, part in self._parts(first(clips, caps[condition])):
+                visit = Visit(self.subject, part, condition)
+                sweep.answer(visit, curve)
+                sweep.answer(visit, best, None if wanted < 0 or condition == "factual" else report)
+        if wanted > 0 and best:
+            out.append(
+                "Knockout: besides the curves, each site's best cut was chosen on one half of the conflicts and its answers measured on the other; "
+                "all other cuts were only scored."
+            )
+        if curve or wanted < 0:
+            out.append("Knockout: whoever picks the best cut from a curve picks on the clips it is reported on; measure it again on another split.")
 
     def _control(self, clips: Sequence[Clip], name: str, audio: bool = True, weights: bool = False) -> ProbeFeatures:
         """Probe features of the same clips under a control."""

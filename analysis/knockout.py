@@ -5,8 +5,8 @@ start, "from layer k on" for every k, and all layers. Measured by scoring, on fa
 (length-normalised log-likelihood, nats a token) and, on conflicts, of its margin over the other stream's label. For the best cuts of each site also by greedy
 answers: what they follow under the cut.
 
-The best cuts are chosen on one half of the conflicts and all answers are measured on the other half (no shared rendering or class pair) and on
-the factual clips; every "from layer k on" cut of some sites can be answered as well, for a curve. A cut closes the direct path only; rows in between may already carry the other stream.
+The best cuts are chosen on one half of the conflicts and their answers are measured on the other half (no shared rendering or class pair) and on the
+factual clips. Every "from layer k on" cut of some sites can be answered as well, for a curve: nothing is chosen there, so on all clips. A cut closes the direct path only; rows in between may already carry the other stream.
 
 Cost: cuts into question and answer rows all share the clip's one clean media prefix and are scored many to a batch. Cuts into media rows (video->audio,
 audio->video) need the prefix anew each, so they are measured on fewer clips; n says on how many. `models.self_check` runs before anything is cut.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from analysis.events import verdict
 from analysis.findings import CutEffect, Estimate
 from analysis.probing import halves
-from analysis.visits import Resampler, Subject, Visit, clip_clusters
+from analysis.visits import MODALITIES, Resampler, Subject, Visit, clip_clusters
 from data.clips import Clip
 from data.questions import question
 from models import SITES, Cut, self_check
@@ -89,22 +89,17 @@ class KnockoutSweep:
         if not self._checked:
             self_check(self.subject.model, visit.media[0], question("hear"))
             self._checked = True
-        for modality in ("hear", "see"):
+        for modality in MODALITIES:
             sites = [site for site in self.sites if asked(site) == modality]
             if not sites:
                 continue
             cuts = [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows]
+            media = [cut for cut in cuts if cut.cuts_media]
             self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
-            done = len(self._cells[visit.condition, modality, next(c for c in cuts if c.cuts_media)].clips) if self._has_media(visit, modality, cuts) else 0
-            part = range(min(len(visit.clips), self.media_clips - done))
-            if len(part):
-                for cut in cuts:
-                    if cut.cuts_media:
-                        prefix = self.subject.model.prefill([visit.media[i] for i in part], [(cut,)] * len(part))
-                        self._score(visit, modality, [cut], prefix, len(part))
-
-    def _has_media(self, visit: Visit, modality: str, cuts: Sequence[Cut]) -> bool:
-        return any(c.cuts_media and (visit.condition, modality, c) in self._cells for c in cuts)
+            done = max((len(self._cells[visit.condition, modality, c].clips) for c in media if (visit.condition, modality, c) in self._cells), default=0)
+            n = min(len(visit.clips), self.media_clips - done)
+            for cut in media if n > 0 else ():
+                self._score(visit, modality, [cut], self.subject.model.prefill(visit.media[:n], [(cut,)] * n), n)
 
     def _score(self, visit: Visit, modality: str, cuts: Sequence[Cut | None], prefix=None, n: int | None = None) -> None:
         """Score both labels (one, where they agree) of the first `n` clips under each cut, all in one stream of batches."""
@@ -162,23 +157,26 @@ class KnockoutSweep:
         """Every "from layer k on" cut of these sites."""
         return [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows if "from" in w.families]
 
-    def answer(self, visit: Visit, cuts: Sequence[Cut]) -> None:
-        """Greedy answers of the visit's clips under each cut, for the following rates of `rows`."""
-        for modality in ("hear", "see"):
+    def answer(self, visit: Visit, cuts: Sequence[Cut], only: set[str] | None = None) -> None:
+        """Greedy answers of the visit's clips (of those whose id is in `only`) under each cut, for the following rates of `rows`."""
+        rows = [row for row, clip in enumerate(visit.clips) if only is None or clip.id in only]
+        if not rows:
+            return
+        for modality in MODALITIES:
             mine = [cut for cut in cuts if asked(cut.site) == modality]
             plain = [cut for cut in mine if not cut.cuts_media]
-            n = len(visit.clips)
-            ids = self.subject.greedy(visit.prefix, list(range(n)) * len(plain), modality, [(cut,) for cut in plain for _ in range(n)])
+            ids = self.subject.greedy(visit.prefix, rows * len(plain), modality, [(cut,) for cut in plain for _ in rows])
             for c, cut in enumerate(plain):
-                self._keep(visit, modality, cut, ids[c * n : (c + 1) * n])
+                self._keep(visit, modality, cut, rows, ids[c * len(rows) : (c + 1) * len(rows)])
             for cut in mine:
                 if cut.cuts_media:
-                    prefix = self.subject.model.prefill(visit.media, [(cut,)] * n)
-                    self._keep(visit, modality, cut, self.subject.greedy(prefix, range(n), modality, [(cut,)] * n))
+                    given = [(cut,)] * len(rows)
+                    prefix = self.subject.model.prefill([visit.media[row] for row in rows], given)
+                    self._keep(visit, modality, cut, rows, self.subject.greedy(prefix, range(len(rows)), modality, given))
 
-    def _keep(self, visit: Visit, modality: str, cut: Cut, ids: Sequence[Sequence[int]]) -> None:
+    def _keep(self, visit: Visit, modality: str, cut: Cut, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         phrases = self.subject.phrases[modality]
-        said = [(clip, verdict(self.subject.text(i), clip, phrases)) for clip, i in zip(visit.clips, ids, strict=True)]
+        said = [(visit.clips[row], verdict(self.subject.text(i), visit.clips[row], phrases)) for row, i in zip(rows, ids, strict=True)]
         self._answers.setdefault((visit.condition, modality, cut), []).extend(said)
 
     def rows(self, draws: int, seed: int) -> list[CutEffect]:

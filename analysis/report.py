@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,6 @@ VERDICTS = {
     "neither": "names something else",
     "unparsed": "names no known event",
 }
-_CUT_KEYS = ("site", "start", "stop")
 VARIANTS = {"plain": "all mass", "no_sink": "without the first token", "value_norm": "weighted by value norm"}
 
 
@@ -154,9 +154,8 @@ def headline_figure(path: str | os.PathLike, findings: list[Named]) -> None:
             width, height = 990.0, max(height, 42 + panel.drawings[0][1].height)
     row = ends[-1][1].following_rate("counterfactual", "hear")
     if row:
-        parts.append(
-            text(0, height + 14, f"n = {row.audio.n} conflicts from {row.audio.clusters} sources; whiskers and bands: 95 % intervals", "tick")
-        )
+        counts = f"n = {row.audio.n} conflicts from {row.audio.clusters} sources{right}"
+        parts.append(text(0, height + 14, f"{counts}; whiskers and bands: 95 % intervals", "tick"))
         height += 18
     summary = " ".join(headline(findings))
     css = Markup((Path(__file__).parent / "templates" / "chart.css").read_text(encoding="utf-8"))
@@ -477,48 +476,52 @@ def _plan_rows(plan: dict[str, Any], prefix: str = "") -> list[tuple[str, str, s
     """(choice, value, because) of every entry; nested choices get dotted names."""
     rows = []
     for key, value in plan.items():
+        name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict) and "because" in value:
-            rest = {k: v for k, v in value.items() if k != "because"}
-            if {"site", "start", "stop"} <= set(rest):
-                rest = {"": f"{cut_name(rest['site'])}, layers {layers(rest['start'], rest['stop'])}"} | {
-                    k: v for k, v in rest.items() if k not in _CUT_KEYS
-                }
-            shown = (
-                _plain(rest["value"]) if set(rest) == {"value"} else ", ".join(f"{k.replace('_', ' ')} {_plain(v)}".strip() for k, v in rest.items())
-            )
-            rows.append((f"{prefix}{key}".replace("_", " "), shown, _plain(value["because"])))
+            rest = {k: v for k, v in value.items() if k not in ("because", "overridden")}
+            shown = _choice(key, rest["value"] if set(rest) == {"value"} else rest)
+            rows.append((name, shown, _plain(value["because"])))
         elif isinstance(value, dict):
             rows += _plan_rows(value, f"{prefix}{key} · ")
         else:
-            rows.append((f"{prefix}{key}".replace("_", " "), _plain(value), ""))
+            rows.append((name, _choice(key, value), ""))
     return rows
+
+
+def _choice(key: str, value: Any) -> str:
+    """A choice of the plan in words: cuts and windows as layers, long lists cut short, many weights as their range."""
+    if isinstance(value, str) and (cut := re.fullmatch(r"(\S+->\S+) (\d+):(\d+)", value)):
+        return f"{cut_name(cut[1])}, layers {layers(int(cut[2]), int(cut[3]))}"
+    if isinstance(value, dict) and {"site", "start", "stop"} == set(value):
+        return f"{cut_name(value['site'])}, layers {layers(value['start'], value['stop'])}"
+    if key.endswith("window") and isinstance(value, list) and len(value) == 2:
+        return f"layers {layers(*value)}"
+    if isinstance(value, list) and len(_plain(value)) > 160:
+        return f"{_plain(value[:3])}, … ({len(value)} in all)"
+    if isinstance(value, dict) and len(value) > 8 and all(isinstance(v, int | float) for v in value.values()):
+        return f"{_plain(min(value.values()))} to {_plain(max(value.values()))} over {len(value)} entries"
+    return _plain(value) if value not in ({}, []) else "none"
 
 
 def _clips(ends: list[Named], root: Path, max_clips: int) -> list[dict[str, Any]]:
     """Cards of clips with every answer, conflicts first. Picked by their place in the list, evenly, never by how the model did."""
-    asked = [{(s.clip, s.question): s for s in f.samples} for _, f in ends]
-    by_clip: dict[str, list[Sample]] = {}
-    for sample in ends[0][1].samples:
-        if all((sample.clip, sample.question) in other for other in asked):
-            by_clip.setdefault(sample.clip, []).append(sample)
-    conflicts = [c for c, s in by_clip.items() if s[0].seen and s[0].condition == "counterfactual"]
-    rest = [c for c in by_clip if c not in set(conflicts)]
+    asked = [{(s.clip, s.condition, s.question): s for s in f.samples} for _, f in ends]
+    by_clip: dict[tuple[str, str], list[Sample]] = {}
+    for sample in ends[0][1].samples:  # with one stream muted or blanked the model was not given what the file plays: no card
+        if sample.condition.endswith("factual") and all((sample.clip, sample.condition, sample.question) in other for other in asked):
+            by_clip.setdefault((sample.clip, sample.condition), []).append(sample)
+    conflicts = [key for key in by_clip if key[1] == "counterfactual"]
+    rest = [key for key in by_clip if key[1] != "counterfactual"]
     few = min(len(rest), max(max_clips // 3, max_clips - len(conflicts)))
     cards = []
-    for clip in [*_spread(conflicts, max_clips - few), *_spread(rest, few)]:
-        samples = by_clip[clip]
+    for key in [*_spread(conflicts, max_clips - few), *_spread(rest, few)]:
+        samples = by_clip[key]
         video, problem = _embedded(root, samples[0].file)
-        answers = [
-            {
-                "question": s.question,
-                "modality": s.modality,
-                "given": [(name, *_judged(one[s.clip, s.question])) for (name, _), one in zip(ends, asked, strict=True)],
-            }
-            for s in samples
-        ]
-        cards.append(
-            {"sample": samples[0], "condition": words(samples[0].condition, CONDITIONS), "video": video, "problem": problem, "answers": answers}
-        )
+        answers = []
+        for s in samples:
+            given = [(name, *_judged(one[s.clip, s.condition, s.question])) for (name, _), one in zip(ends, asked, strict=True)]
+            answers.append({"question": s.question, "given": given})
+        cards.append({"sample": samples[0], "condition": words(key[1], CONDITIONS), "video": video, "problem": problem, "answers": answers})
     return cards
 
 
@@ -529,7 +532,7 @@ def _judged(sample: Sample) -> tuple[str, str, str]:
     return sample.answer, sample.verdict, ("✓ " if sample.correct else "") + VERDICTS.get(sample.verdict, sample.verdict)
 
 
-def _spread(items: list[str], count: int) -> list[str]:
+def _spread(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     """`count` of the items at even distances, all of them if there are fewer."""
     if count >= len(items):
         return items

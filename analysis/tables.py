@@ -48,20 +48,25 @@ def percent(estimate: Estimate | None, signed: bool = False) -> str:
     """A share as `64.2 % (59.1–69.0)`; signed shares, in points, as `+12.0 (+8.1 to +16.3)`."""
     if estimate is None or estimate.value is None:
         return "–"
-    if signed:
-        bounds = "" if estimate.low is None or estimate.high is None else f" ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-        return f"{100 * estimate.value:+.1f}{bounds}".replace("-", "−")
-    bounds = "" if estimate.low is None or estimate.high is None else f" ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
-    return f"{100 * estimate.value:.1f} %{bounds}"
+    sign, unit = ("+", "") if signed else ("", " %")
+    shown = f"{_digits(100 * estimate.value, 1, sign)}{unit}"
+    if estimate.low is None or estimate.high is None:
+        return shown
+    between = " to " if signed or estimate.low < 0 else "–"
+    return f"{shown} ({_digits(100 * estimate.low, 1, sign)}{between}{_digits(100 * estimate.high, 1, sign)})"
 
 
 def number(estimate: Estimate | None, signed: bool = False) -> str:
     """A number as `0.83 (0.79, 0.86)`; signed as `+0.83 (0.79, 0.86)`."""
     if estimate is None or estimate.value is None:
         return "–"
-    sign = "+" if signed else ""
-    bounds = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.2f}, {estimate.high:.2f})"
-    return f"{estimate.value:{sign}.2f}{bounds}".replace("-", "−")
+    shown = _digits(estimate.value, 2, "+" if signed else "")
+    return shown if estimate.low is None or estimate.high is None else f"{shown} ({_digits(estimate.low, 2)}, {_digits(estimate.high, 2)})"
+
+
+def _digits(value: float, digits: int, sign: str = "") -> str:
+    """A rounded number with a true minus, and no minus before zero."""
+    return f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 
 def counted(estimate: Estimate | None) -> str:

@@ -48,19 +48,19 @@ class OrganismConfig:
     """Where the two checkpoints go: <out>/avllm and <out>/base."""
     work: Path = Path("build/organism")
     """Clips and intermediate stages; may be deleted afterwards."""
-    renderings: int = 100
+    renderings: int = 160
     """Training clips a class."""
-    noisy: float = 0.35
+    noisy: float = 0.25
     """Share of training clips whose soundtrack is buried in noise."""
     noise_snr: tuple[float, float] = (-25.0, -12.0)
     """Signal to noise ratio of those, in dB."""
     measured: int = 8
     """Clips a class that are only measured on."""
-    visual_epochs: int = 24
-    audio_epochs: int = 8
-    base_steps: int = 1200
-    av_steps: int = 600
-    audio_only: float = 0.25
+    visual_epochs: int = 12
+    audio_epochs: int = 6
+    base_steps: int = 1000
+    av_steps: int = 700
+    audio_only: float = 0.3
     """Share of audio-only examples in the audio-visual phase."""
     batch: int = 32
     lr: float = 2e-3

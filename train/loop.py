@@ -120,7 +120,9 @@ def run(config: Config) -> Path:
         model.adapter = str(checkpoint / "adapter")
         findings = diagnosed(checkpoint / "findings.json", "selection", part.selection, f"\nDiagnosing {checkpoint.name}")
         if main_process:
-            findings.save(folder / "findings" / f"{checkpoint.name}.json")  # stays when the checkpoint is cleared away
+            stays = folder / "findings" / f"{checkpoint.name}.json"  # when the checkpoint is cleared away
+            if not stays.exists():
+                findings.save(stays)
             rates = Rates.of(findings)
             accelerator.log({f"selection/{name}": value for name, value in vars(rates).items()}, step=int(checkpoint.name.split("_")[1]))
             choose_best(folder / "checkpoints", start, part.retention_bound, part.tie).save(folder / "best.json")

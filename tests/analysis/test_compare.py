@@ -140,6 +140,8 @@ def test_number_formats():
     assert percent(Estimate(0.5, None, None, 3, 1)) == "50.0 %"
     assert percent(Estimate(None, None, None, 0, 0)) == percent(None) == "–"
     assert percent(Estimate(-0.1, -0.2, 0.05, 3, 2), signed=True) == "−10.0 (−20.0 to +5.0)"
+    assert percent(Estimate(-0.018, -0.115, 0.108, 3, 2)) == "−1.8 % (−11.5 to 10.8)"
+    assert number(Estimate(-0.001, -0.001, 0.2, 3, 2), signed=True) == "+0.00 (0.00, 0.20)"
     assert number(Estimate(-1.5, -2.0, -1.0, 3, 2)) == "−1.50 (−2.00, −1.00)"
     assert [layers(2, 5), layers(7, 8), layers(3, 3)] == ["2–4", "7", "none"]
 

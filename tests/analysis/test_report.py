@@ -127,6 +127,28 @@ def test_the_page_states_the_numbers_with_interval_and_n(written):
     assert "step 50 (selection)" in text
 
 
+def test_a_plan_of_training_is_shown_in_words(clips, tmp_path):
+    def choice(value):
+        return {"value": value, "because": "Measured.", "overridden": False}
+
+    plan = {"teacher_cut": choice("video->emitters 1:3"), "fusion_window": choice([0, 3]), "mirror_cut": choice(None), "class_weights": choice({})}
+    plan |= {
+        "weights": choice({f"class {k}": 0.5 + k / 10 for k in range(9)}),
+        "lora_targets": [f"model.layers.{k}.self_attn.q_proj" for k in range(9)],
+    }
+    write_report(tmp_path / "r.html", [("now", findings(0.1, 0.6))], clips, plan)
+    text = " ".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).text.split())
+    for row in (
+        "teacher cut video ↛ answer, layers 1–2 Measured.",
+        "fusion window layers 0–2",
+        "mirror cut none",
+        "class weights none",
+        "0.5 to 1.3 over 9",
+    ):
+        assert row in text, row
+    assert "… (9 in all)" in text
+
+
 def test_clips_are_embedded_whole_and_problems_are_named(written, clips):
     page = Page(written.read_text(encoding="utf-8"))
     videos = [attrs for tag, attrs in page.tags if tag == "video"]
@@ -221,6 +243,14 @@ def test_empty_findings_and_unmeasured_numbers(clips, tmp_path):
 def test_other_clips_before_and_after_are_pointed_out(clips, tmp_path):
     write_report(tmp_path / "r.html", [("before", findings(0.1, 0.6)), ("after", findings(0.9, 0.0, split="selection"))], clips)
     assert "the difference mixes both" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_only_conditions_that_the_file_plays_get_a_card(clips, tmp_path):
+    made = findings(0.1, 0.6)
+    made.samples += [Sample(**vars(s) | {"condition": "audio_only", "answer": "with the picture blanked"}) for s in made.samples]
+    write_report(tmp_path / "r.html", [("now", made)], clips)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert html.count("<article") == 12 and "with the picture blanked" not in html
 
 
 def test_clips_are_not_picked_by_outcome(clips, tmp_path):

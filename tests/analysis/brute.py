@@ -1,0 +1,35 @@
+"""The same quantities without prefix reuse, batches or caches: one whole forward pass for every clip, question, answer and cut."""
+
+from __future__ import annotations
+
+import torch
+
+from data.questions import answer, question
+
+
+@torch.no_grad()
+def span_score(model, clips, clip, modality, name, cut=None, **streams) -> float:
+    """s of DESIGN 4.2 of class `name`'s phrase."""
+    text, span = answer(modality, *clips.labels()[name])
+    batch = model.batch([model.sequence(model.media(clip, clips.root, **streams), question(modality), text, span)])
+    logits = model.forward(batch, [(cut,)] if cut else ())[0].log_softmax(-1)
+    picked = [float(logits[i, t]) for i, (t, inside) in enumerate(zip(batch.targets[0], batch.span[0], strict=True)) if inside]
+    return sum(picked) / len(picked)
+
+
+@torch.no_grad()
+def greedy(model, clips, clip, modality, cut=None, tokens=12, **streams) -> str:
+    """Greedy decoding by running everything anew for every token."""
+    media = model.media(clip, clips.root, **streams)
+    said: list[int] = []
+    for _ in range(tokens):
+        suffix = model.suffix(question(modality))
+        ids = torch.cat([suffix.ids, torch.tensor(said, dtype=torch.long)])
+        kinds = torch.cat([suffix.kinds, torch.full((len(said),), int(suffix.kinds[-1]))])
+        targets = torch.zeros(len(said) + 1, dtype=torch.long)
+        sequence = type(model.sequence(media, question(modality), ""))(media, type(suffix)(ids, kinds, suffix.first, targets, targets.bool()))
+        token = int(model.forward(model.batch([sequence]), [(cut,)] if cut else ())[0, -1].argmax())
+        if token == model.end_id:
+            break
+        said.append(token)
+    return model.tokenizer.decode(said, skip_special_tokens=True).strip()

@@ -1,0 +1,175 @@
+"""The whole job with a tiny random model: stages, resuming to the same bytes, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+import train.checkpoints
+import train.loop
+from tests.train.conftest import BUILD
+from train.config import SchedulePart
+from train.loop import default_threads, learning_rate, main
+
+QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "draws": 10}
+TEST = QUICK | {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
+
+
+@pytest.fixture
+def arguments(clips, tiny_folder, tmp_path):
+    """Command-line arguments of a run of 4 steps with 2 checkpoints, in a folder of its own."""
+    settings = {
+        "model": {"path": str(tiny_folder)},
+        "data": {"clips": str(clips.root), "build": json.loads(json.dumps(dataclasses.asdict(BUILD)))},
+        "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "layers": [0, 1, 2], "projections": ["q_proj", "o_proj"]},
+        "loss": {"require_bias": False, "teacher_cut": "video->emitters 0:3", "mirror_cut": "audio->emitters 0:3", "max_answer_tokens": 4},
+        "schedule": {"steps": 4, "grids": 2, "checkpoint_every": 2},
+        "diagnosis": {"plan": QUICK | {"knockout": 0, "knockout_factual": 0}, "selection": QUICK, "test": TEST},
+        "run": {"threads": 1, "folder": str(tmp_path / "run")},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path)]
+
+
+def result(folder):
+    """Everything a run ends with that must not depend on interruptions: adapters byte for byte, numbers without the clock."""
+    adapters = {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/adapter/adapter_model.safetensors"))}
+    states = {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/state/optimizer.safetensors"))}
+    metrics = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    after = json.loads((folder / "findings" / "after.json").read_text())
+    after["adapter"] = None  # its path names the run folder
+    return adapters, states, metrics, json.loads((folder / "best.json").read_text()), after, json.loads((folder / "plan.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Filled by the first test of this module."""
+    return {}
+
+
+def test_a_whole_run_and_once_more(arguments, tmp_path, uninterrupted, capsys):
+    folder = tmp_path / "run"
+    assert main(arguments) == 0
+    made = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert made >= {f"findings/{name}.json" for name in ("plan", "before", "selection", "after", "step_000002", "step_000004")}
+    assert made >= {"config.yaml", "plan.json", "metrics.jsonl", "best.json", "comparison.json", "report.html"}
+    assert not [name for name in made if name.endswith((".partial", ".pt", ".bin", ".pkl"))]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"counterfactual_ce", "distillation", "mirror", "retention", "loss", "lr", "grad_norm"} <= set(lines[0])
+    plan = json.loads((folder / "plan.json").read_text())
+    assert len(plan["lora_targets"]) == 6 and all("because" in choice for name, choice in plan.items() if name != "lora_targets")
+    out = capsys.readouterr().out
+    assert "Best checkpoint" in out and "before and after" in out and "report.html" in out
+    uninterrupted["result"] = result(folder)
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("findings/*.json")}
+    assert main([*arguments, "--run.threads", "1", "--run.keep", "5"]) == 0  # nothing is measured or trained again
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("findings/*.json")} == stamps
+    assert result(folder) == uninterrupted["result"]
+
+
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(arguments, tmp_path, uninterrupted, monkeypatch):
+    """One run, interrupted while planning, in a step, while a checkpoint is written, while it is diagnosed, and before the end."""
+    folder = tmp_path / "run"
+
+    class Stop(BaseException):
+        """Like a kill: nothing catches it."""
+
+    def stop_at(module, name, when):
+        real = getattr(module, name)
+
+        def stopping(*args, **kwargs):
+            if when(*args, **kwargs):
+                raise Stop
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stopping)
+            with pytest.raises(Stop):
+                main(arguments)
+
+    stop_at(train.loop, "make_plan", lambda *a: True)
+    assert not (folder / "plan.json").exists()
+    stop_at(train.loop, "sample_step", lambda clips, config, plan, step: step == 1)
+    stop_at(train.checkpoints, "write_json", lambda path, value: path.name == "manifest.json" and value["step"] == 2)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000002.partial"]
+    stop_at(train.loop, "diagnose", lambda model, *a, **k: "step_000002" in (model.adapter or ""))
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000002"]
+    stop_at(train.loop, "sample_step", lambda clips, config, plan, step: step == 3)
+    stop_at(train.loop, "diagnose", lambda model, clips, settings, split: split == "test")
+    assert main(arguments) == 0
+    assert result(folder) == uninterrupted["result"]
+
+
+def test_killed_it_ends_with_the_same_bytes(arguments, tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoints" / "step_000002" / "manifest.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "findings" / "after.json").exists()
+    assert main(arguments) == 0
+    assert result(folder) == uninterrupted["result"]
+
+
+def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "findings").mkdir(parents=True)
+    stale = folder / "findings" / "stale.json"
+    stale.write_text("{}")
+    assert main(arguments) == 1
+    assert "is not empty and no run folder" in capsys.readouterr().err and stale.exists()
+    train.loop.parse(arguments).save(folder / "config.yaml")
+    assert main([*arguments, "--schedule.lr", "1e-5"]) == 1
+    assert "schedule.lr was 0.002 and is now 1e-05" in capsys.readouterr().err
+    assert main([*arguments, "--schedule.lr", "1e-5", "--run.overwrite", "--model.path", "/no/such/model"]) == 1  # stops later, at the model
+    assert not stale.exists() and "no such model folder" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys):
+    assert main([*arguments, "--loss.counterfactual-ce", "1e38"]) == 1  # beyond float32 with the loss
+    error = capsys.readouterr().err
+    assert "The gradient of step 1 is not finite" in error and "--schedule.lr" in error
+    saved = json.loads(next((tmp_path / "run").glob("not_finite_*.json")).read_text())
+    assert saved["step"] == 1 and len(saved["asks"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--schedule.grids", "3", "--schedule.accumulate", "2"], "equally large"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--lora.layers", "7"], "the model has layers 0 to 2"),
+        (["--loss.require-bias"], "show no bias"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_1(arguments, extra, message, capsys):
+    assert main([*arguments, *extra]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_learning_rate_by_hand():
+    cosine = SchedulePart(lr=1.0, warmup=0.2)
+    # 10 steps: two of warm-up (0.5, 1), then (1 + cos(pi * k / 8)) / 2 for k = 0 … 7
+    rates = [learning_rate(s, 10, cosine) for s in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.05
+    constant = SchedulePart(lr=1.0, warmup=0.2, shape="constant")
+    assert [learning_rate(s, 10, constant) for s in (0, 1, 9)] == [0.5, 1.0, 1.0]
+    one = SchedulePart(lr=1.0, warmup=0.2, shape="one_cycle")
+    assert learning_rate(0, 10, one) == pytest.approx(0.04 + 0.96 / 2) and learning_rate(1, 10, one) == pytest.approx(1.0)
+    assert all(rate > 0 for rate in rates)
+
+
+def test_default_threads_are_shared_out():
+    assert default_threads(1) >= 1 and default_threads(10_000) == 1
