@@ -1,7 +1,8 @@
 """The diagnostics on the command line.
 
     python -m analysis diagnose --model models/organism/avllm --clips runs/clips --out before.json
-    python -m analysis diagnose --model models/organism/avllm --adapter runs/organism/checkpoints/step_000150/adapter --clips runs/clips --out after.json
+    python -m analysis diagnose --model models/organism/avllm --adapter runs/organism/checkpoints/step_000150/adapter \
+        --clips runs/clips --out after.json
     python -m analysis compare before.json after.json --out comparison.json
     python -m analysis report before.json after.json --clips runs/clips --out report.html
 
@@ -147,9 +148,7 @@ class Report:
         console.print(f"The page is in {self.out}.")
 
 
-Command = (
-    Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]
-)
+Command = Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]
 
 
 def _writable(path: Path) -> None:

@@ -6,14 +6,16 @@
 
     diagnose(model, clips, DiagnoseSettings.quick(120), split="selection")   # following and reliance only: for checkpoints
 
-The clips are visited in batches, each with one media prefix, on top of which every diagnostic asks its questions. Which clips, where fewer than all are
-asked for, is decided by a hash of the seed and their ids: the same for every model, and a smaller subset is part of a larger one.
+The clips are visited in batches, each with one media prefix, on top of which every diagnostic asks its questions. Which clips, where fewer
+than all are asked for, is decided by a hash of the seed and their ids: the same for every model, and a smaller subset is part of a larger
+one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -164,7 +166,9 @@ def diagnose(model: AVLLM, clips: Clips, settings: DiagnoseSettings | None = Non
     chosen = choose(clips, split, settings)
     if not chosen.factual and not chosen.counterfactual:
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
-    findings = Findings(model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, stated(model, clips, settings, split, chosen))
+    findings = Findings(
+        model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, stated(model, clips, settings, split, chosen)
+    )
     training = model.thinker.training
     model.thinker.eval()
     try:
@@ -189,7 +193,9 @@ class _Diagnosis:
         self.by_id = clips.by_id()
         self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
         self.unseen = {
-            f"unseen_{condition}": getattr(choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)), condition)
+            f"unseen_{condition}": getattr(
+                choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)), condition
+            )
             for condition in self.conditions
             if split == "test"
         }
@@ -246,7 +252,9 @@ class _Diagnosis:
             random = self._control(chosen.counterfactual, "random weights", weights=True) if settings.probe_random else None
             self.bar.update(self.task, description="fitting probes")
             findings.probes = probe_rows(features, silent, random, settings.probe_folds, draws, seed)
-            out.append("Probes: the control without sound exists only for the sound's label where there are rows without sound (question, last prompt row).")
+            out.append(
+                "Probes: the control without sound exists only for the sound's label where there are rows without sound (question, last prompt row)."
+            )
             if random is None:
                 out.append("Probes: the control with random weights was not asked for.")
         self.bar.update(self.task, description="intervals")
@@ -273,14 +281,16 @@ class _Diagnosis:
     def _parts(self, clips: Sequence[Clip], ends: Iterable[int] = ()) -> Iterable[tuple[int, list[Clip]]]:
         """(start, clips) of each visit. No visit goes across one of `ends`, so that a diagnostic on the first n clips gets whole visits."""
         cuts = sorted({0, len(clips), *(e for e in ends if e < len(clips))})
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             for start in range(begin, end, self.settings.batch):
                 yield start, list(clips[start : min(end, start + self.settings.batch)])
 
     def _total(self, features: ProbeFeatures | None, sweep: KnockoutSweep | None) -> None:
         """How many steps the bar has: clips to visit, those of the sweep counted four times."""
         chosen, settings = self.chosen, self.settings
-        steps = len(chosen.factual) + len(chosen.counterfactual) + 2 * len(first(chosen.factual, settings.alone)) + sum(map(len, self.unseen.values()))
+        steps = (
+            len(chosen.factual) + len(chosen.counterfactual) + 2 * len(first(chosen.factual, settings.alone)) + sum(map(len, self.unseen.values()))
+        )
         if features:
             steps += len(chosen.counterfactual) * (2 if settings.probe_random else 1)
         if sweep:
@@ -311,12 +321,16 @@ class _Diagnosis:
             base = load_model(self.model.base_path, device=self.model.device, dtype=self.model.dtype)
         tally = ShiftTally(self.subject, base)
         if not tally.speaks_alike:
-            self.findings.left_out.append(f"Token shift: the base {self.model.base_path} has another tokenizer, so answers cannot be teacher-forced through it.")
+            self.findings.left_out.append(
+                f"Token shift: the base {self.model.base_path} has another tokenizer, so answers cannot be teacher-forced through it."
+            )
             return None
         return tally
 
     def _cut_answers(self, sweep: KnockoutSweep, caps: dict[str, int | None]) -> None:
-        """Greedy answers under cuts: of the curves, on all clips of the sweep; of the best of each site, on factual clips and on conflicts not chosen on."""
+        """Greedy answers under cuts: of the curves, on all clips of the sweep; of the best of each site, on factual clips and on conflicts not
+        chosen on.
+        """
         wanted, out = self.settings.knockout_answers, self.findings.left_out
         curve = sweep.curve([site for site in self.settings.knockout_curves if site in sweep.sites])
         best = [cut for cut in sweep.best(10**6 if wanted < 0 else wanted) if cut not in curve]
@@ -352,8 +366,10 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
     there = {c: len(clips.select(split, c)) for c in ("factual", "counterfactual")}
     return {
         **asked,
-        "subset": f"{len(chosen.factual)} of {there['factual']} factual and {len(chosen.counterfactual)} of {there['counterfactual']} counterfactual clips and "
-        f"{len(chosen.grids)} of {sum(g.split == split for g in clips.grids)} grids of the {split} split, the first by sha256 of seed and id",
+        "subset": (
+            f"{len(chosen.factual)} of {there['factual']} factual and {len(chosen.counterfactual)} of {there['counterfactual']} counterfactual clips "
+            f"and {len(chosen.grids)} of {sum(g.split == split for g in clips.grids)} grids of the {split} split, the first by sha256 of seed and id"
+        ),
         "questions": {modality: question(modality) for modality in MODALITIES},
         "system_prompt": model.system_prompt,
         "decoding": f"greedy, at most {settings.max_new_tokens} tokens",

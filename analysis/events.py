@@ -4,11 +4,11 @@
     named("I hear dogs that bark.", phrases)                # {"dog"}
     verdict("I hear a dog barking.", clip, phrases)         # "audio" | "vision" | "both" | "neither" | "unparsed"
 
-Text and phrases are brought to the same form: lower case, no punctuation, no articles and function words, word stems ("barks", "barking" and "barked"
-are one). Then phrases are looked for inside clauses, longest first, and what one phrase has used no shorter one can use: "a rider on a galloping
-horse" is not also "a horse", "a fire truck" not also "a truck". Word order as in the phrase goes first; after that, any order with at most two other
-words in between ("the barking of a dog", "a dog is loudly barking"). A clause that says no / not / never / without before the phrase names nothing.
-No model and no network is involved; the judges that read free captions build on this.
+Text and phrases are brought to the same form: lower case, no punctuation, no articles and function words, word stems ("barks", "barking"
+and "barked" are one). Then phrases are looked for inside clauses, longest first, and what one phrase has used no shorter one can use: "a
+rider on a galloping horse" is not also "a horse", "a fire truck" not also "a truck". Word order as in the phrase goes first; after that,
+any order with at most two other words in between ("the barking of a dog", "a dog is loudly barking"). A clause that says no / not / never /
+without before the phrase names nothing. No model and no network is involved; the judges that read free captions build on this.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from functools import lru_cache
 from typing import Literal
 
 from data.clips import Clip
+from data.questions import Modality
 
-Modality = Literal["hear", "see"]
 Verdict = Literal["audio", "vision", "both", "neither", "unparsed"]
 VERDICTS: tuple[Verdict, ...] = ("audio", "vision", "both", "neither", "unparsed")
 
 GAP = 2  # words that may stand between the words of a phrase in the second, looser pass
-FUNCTION_WORDS = frozenset(
-    "a an the this that these those some i it its there here he she they we you my your his her their is are am was were be been being has have had "
-    "do does did can could may might must seems seem of on in at to from with by as into onto upon which who what while".split()
-)
+FUNCTION_WORDS = frozenset({
+    "a", "an", "the", "this", "that", "these", "those", "some", "i", "it", "its", "there", "here", "he", "she", "they", "we", "you", "my",
+    "your", "his", "her", "their", "is", "are", "am", "was", "were", "be", "been", "being", "has", "have", "had", "do", "does", "did", "can",
+    "could", "may", "might", "must", "seems", "seem", "of", "on", "in", "at", "to", "from", "with", "by", "as", "into", "onto", "upon", "which",
+    "who", "what", "while",
+})  # fmt: skip
 NEGATIONS = frozenset({"no", "not", "never", "without", "nothing", "neither", "nor"})
 IRREGULAR = {
-    "hooves": "hoof", "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "geese": "goose", "mice": "mouse",
-    "wolves": "wolf", "leaves": "leaf", "rang": "ring", "rung": "ring", "sang": "sing", "sung": "sing", "blew": "blow", "blown": "blow", "broke": "break",
-    "broken": "break", "fell": "fall", "fallen": "fall", "ran": "run", "took": "take", "taken": "take", "flew": "fly", "flown": "fly", "crew": "crow",
-    "spoke": "speak", "spoken": "speak", "wept": "weep",
+    "hooves": "hoof", "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "geese": "goose",
+    "mice": "mouse", "wolves": "wolf", "leaves": "leaf", "rang": "ring", "rung": "ring", "sang": "sing", "sung": "sing", "blew": "blow",
+    "blown": "blow", "broke": "break", "broken": "break", "fell": "fall", "fallen": "fall", "ran": "run", "took": "take", "taken": "take",
+    "flew": "fly", "flown": "fly", "crew": "crow", "spoke": "speak", "spoken": "speak", "wept": "weep",
 }  # fmt: skip
 CLAUSE = re.compile(r"[.,;:!?()\[\]\"“”\n—–]|\s-\s|\b(?:and|but|or|then|plus)\b")
 
@@ -76,7 +78,7 @@ def event_words(phrase: str) -> list[str]:
     return [w for w in re.findall(r"[^\W_]+", phrase) if w.lower() not in FUNCTION_WORDS]
 
 
-def phrases_of(labels: Mapping[str, tuple[str, str]], modality: str) -> dict[str, str]:
+def phrases_of(labels: Mapping[str, tuple[str, str]], modality: Modality) -> dict[str, str]:
     """Class -> the phrase that answers a question of this modality: the heard one on hear-questions, the seen one on see-questions."""
     return {name: heard if modality == "hear" else seen for name, (seen, heard) in labels.items()}
 
@@ -91,10 +93,10 @@ def named(answer: str, phrases: Mapping[str, str]) -> set[str]:
     for words in clauses(answer):
         free: list[str | None] = list(words)
         for strict in (True, False):
-            for phrase in order:
-                for at in _places(free, phrase, strict):
+            for wording in order:
+                for at in _places(free, wording, strict):
                     if not any(w in NEGATIONS for w in words[: at[0]]):
-                        found |= wanted[phrase]
+                        found |= wanted[wording]
                     for i in at:
                         free[i] = None
     return found
@@ -133,7 +135,7 @@ def verdict(answer: str, clip: Clip, phrases: Mapping[str, str], video: bool = T
     """What an answer about a clip follows; `phrases` are those of the question's modality (`phrases_of`).
 
     audio: it names the sound's class and not the picture's; vision: the reverse; both; neither: other known classes only; unparsed: no known class.
-    `video`, `audio`: which streams the model was given. Where the two labels agree a right answer counts as `audio`, or as `vision` if there was no sound.
+    `video`, `audio`: which streams the model was given. Where the labels agree a right answer counts as `audio`, as `vision` if there was no sound.
     """
     names = named(answer, phrases)
     if not names:
@@ -144,6 +146,6 @@ def verdict(answer: str, clip: Clip, phrases: Mapping[str, str], video: bool = T
     return "audio" if heard else "vision" if seen else "neither"
 
 
-def is_correct(said: Verdict, modality: str, agree: bool) -> bool:
+def is_correct(said: Verdict, modality: Modality, agree: bool) -> bool:
     """Whether a verdict is the one that the question designates. `agree`: both streams were given and their labels are the same."""
     return said == ("audio" if agree or modality == "hear" else "vision")

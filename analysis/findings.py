@@ -207,8 +207,12 @@ def save_json(value: Any, path: str | os.PathLike) -> None:
     text = json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_json(kind: type, path: str | os.PathLike, what: str, command: str) -> Any:

@@ -1,7 +1,8 @@
 """Attention flow: how much attention the question rows and the emitters pay to each kind of token, layer by layer (DESIGN 4.3).
 
-Read off while the model speaks its own greedy answer to the hear-question. Three variants: plain weights; without the first token (the attention sink),
-the rest made to sum to 1 again; and weighted by the norm of the value vectors (Kobayashi et al. 2020). Attention is not influence: for causes see knockout.
+Read off while the model speaks its own greedy answer to the hear-question. Three variants: plain weights; without the first token (the
+attention sink), the rest made to sum to 1 again; and weighted by the norm of the value vectors (Kobayashi et al. 2020). Attention is not
+influence: for causes see knockout.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from analysis.findings import Flow
 from analysis.visits import Resampler, Visit, clip_clusters
 from data.clips import Clip
+from data.questions import Modality
 from models import Kind
 
 VARIANTS = ("plain", "no_sink", "value_norm")
@@ -22,7 +24,7 @@ SOURCES = {"system": Kind.SYSTEM, "video": Kind.VIDEO, "audio": Kind.AUDIO, "que
 class FlowTally:
     """Attention mass of all visits (made with `taps=True`). `add` each visit, then `rows()`."""
 
-    def __init__(self, modality: str = "hear"):
+    def __init__(self, modality: Modality = "hear"):
         self.modality = modality
         self._mass: dict[str, list[NDArray]] = {}
         self._clips: dict[str, list[Clip]] = {}

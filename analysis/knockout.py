@@ -1,15 +1,17 @@
 """Attention knockout: what happens to an answer when rows of one kind may not look at rows of another, in some layers (DESIGN 4.5).
 
-Every site of `models.attention.SITES`: cuts of video on hear-questions, cuts of audio on see-questions. Families: sliding windows of `width` layers at every
-start, "from layer k on" for every k, and all layers. Measured by scoring, on factual and on counterfactual clips: change of s of the designated label
-(length-normalised log-likelihood, nats a token) and, on conflicts, of its margin over the other stream's label. For the best cuts of each site also by greedy
-answers: what they follow under the cut.
+Every site of `models.attention.SITES`: cuts of video on hear-questions, cuts of audio on see-questions. Families: sliding windows of
+`width` layers at every start, "from layer k on" for every k, and all layers. Measured by scoring, on factual and on counterfactual clips:
+change of s of the designated label (length-normalised log-likelihood, nats a token) and, on conflicts, of its margin over the other
+stream's label. For the best cuts of each site also by greedy answers: what they follow under the cut.
 
-The best cuts are chosen on one half of the conflicts and their answers are measured on the other half (no shared rendering or class pair) and on the
-factual clips. Every "from layer k on" cut of some sites can be answered as well, for a curve: nothing is chosen there, so on all clips. A cut closes the direct path only; rows in between may already carry the other stream.
+The best cuts are chosen on one half of the conflicts and their answers are measured on the other half (no shared rendering or class pair)
+and on the factual clips. Every "from layer k on" cut of some sites can be answered as well, for a curve: nothing is chosen there, so on all
+clips. A cut closes the direct path only; rows in between may already carry the other stream.
 
-Cost: cuts into question and answer rows all share the clip's one clean media prefix and are scored many to a batch. Cuts into media rows (video->audio,
-audio->video) need the prefix anew each, so they are measured on fewer clips; n says on how many. `models.self_check` runs before anything is cut.
+Cost: cuts into question and answer rows all share the clip's one clean media prefix and are scored many to a batch. Cuts into media rows
+(video->audio, audio->video) need the prefix anew each, so they are measured on fewer clips; n says on how many. `models.self_check` runs
+before anything is cut.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from analysis.findings import CutEffect, Estimate
 from analysis.probing import halves
 from analysis.visits import MODALITIES, Resampler, Subject, Visit, clip_clusters
 from data.clips import Clip
-from data.questions import question
+from data.questions import Modality, question
 from models import SITES, Cut, self_check
 
 
@@ -50,12 +52,12 @@ def windows(n_layers: int, width: int) -> list[Window]:
     return [Window(start, stop, tuple(names)) for (start, stop), names in families.items()]
 
 
-def asked(site: str) -> str:
+def asked(site: str) -> Modality:
     """The question a site is measured under: the one that the cut stream is not asked about."""
     return "hear" if site.startswith("video->") else "see"
 
 
-def designated(clip: Clip, modality: str) -> tuple[str, str]:
+def designated(clip: Clip, modality: Modality) -> tuple[str, str]:
     """(class asked for, class of the other stream)."""
     return (clip.audio_label, clip.video_label) if modality == "hear" else (clip.video_label, clip.audio_label)
 
@@ -80,9 +82,9 @@ class KnockoutSweep:
             raise ValueError(f"Unknown sites {unknown}; there are {', '.join(SITES)}.")
         self.subject, self.sites, self.media_clips = subject, list(sites), media_clips
         self.windows = windows(subject.model.n_layers, width)
-        self._cells: dict[tuple[str, str, Cut | None], _Cell] = {}  # (condition, question, cut)
+        self._cells: dict[tuple[str, Modality, Cut | None], _Cell] = {}  # (condition, question, cut)
         self._checked = False
-        self._answers: dict[tuple[str, str, Cut], list[tuple[Clip, str]]] = {}
+        self._answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, str]]] = {}
 
     def add(self, visit: Visit) -> None:
         """Score every cut on the visit's clips."""
@@ -96,16 +98,16 @@ class KnockoutSweep:
             cuts = [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows]
             media = [cut for cut in cuts if cut.cuts_media]
             self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
-            done = max((len(self._cells[visit.condition, modality, c].clips) for c in media if (visit.condition, modality, c) in self._cells), default=0)
-            n = min(len(visit.clips), self.media_clips - done)
+            done = self._cells.get((visit.condition, modality, media[0]), _Cell()).clips if media else []
+            n = min(len(visit.clips), self.media_clips - len(done))
             for cut in media if n > 0 else ():
                 self._score(visit, modality, [cut], self.subject.model.prefill(visit.media[:n], [(cut,)] * n), n)
 
-    def _score(self, visit: Visit, modality: str, cuts: Sequence[Cut | None], prefix=None, n: int | None = None) -> None:
+    def _score(self, visit: Visit, modality: Modality, cuts: Sequence[Cut | None], prefix=None, n: int | None = None) -> None:
         """Score both labels (one, where they agree) of the first `n` clips under each cut, all in one stream of batches."""
         clips = visit.clips[:n]
         jobs = []
-        for c, cut in enumerate(cuts):
+        for c in range(len(cuts)):
             for row, clip in enumerate(clips):
                 own, other = designated(clip, modality)
                 jobs += [(c, row, name) for name in dict.fromkeys((own, other))]
@@ -124,7 +126,7 @@ class KnockoutSweep:
                 cell.score.append(table[c, row, own])
                 cell.margin.append(table[c, row, own] - table[c, row, other])
 
-    def deltas(self, condition: str, modality: str, cut: Cut) -> tuple[list[Clip], NDArray, NDArray]:
+    def deltas(self, condition: str, modality: Modality, cut: Cut) -> tuple[list[Clip], NDArray, NDArray]:
         """Clips, change of s of the designated label and of its margin, against the uncut model on the same clips."""
         cell, plain = self._cells[condition, modality, cut], self._cells[condition, modality, None]
         at = {clip.id: i for i, clip in enumerate(plain.clips)}
@@ -133,7 +135,9 @@ class KnockoutSweep:
 
     def halves(self) -> tuple[set[str], set[str]]:
         """Ids of the conflicts that best cuts are chosen on, and of those their answers are measured on."""
-        clips = {clip.id: clip for (condition, _, cut), cell in self._cells.items() if condition == "counterfactual" and cut is None for clip in cell.clips}
+        clips = {
+            clip.id: clip for (condition, _, cut), cell in self._cells.items() if condition == "counterfactual" and cut is None for clip in cell.clips
+        }
         unique = list(clips.values())
         choose, report = halves(unique)
         return {unique[i].id for i in choose}, {unique[i].id for i in report}
@@ -174,7 +178,7 @@ class KnockoutSweep:
                     prefix = self.subject.model.prefill([visit.media[row] for row in rows], given)
                     self._keep(visit, modality, cut, rows, self.subject.greedy(prefix, range(len(rows)), modality, given))
 
-    def _keep(self, visit: Visit, modality: str, cut: Cut, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
+    def _keep(self, visit: Visit, modality: Modality, cut: Cut, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         phrases = self.subject.phrases[modality]
         said = [(visit.clips[row], verdict(self.subject.text(i), visit.clips[row], phrases)) for row, i in zip(rows, ids, strict=True)]
         self._answers.setdefault((visit.condition, modality, cut), []).extend(said)
@@ -208,5 +212,3 @@ class KnockoutSweep:
                     for family in w.families:
                         out.append(CutEffect(site, w.start, w.stop, family, condition, modality, both[0], delta_margin, *rates))
         return sorted(out, key=lambda e: (e.condition, self.sites.index(e.site), ("window", "from", "all").index(e.family), e.start))
-
-

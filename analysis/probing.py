@@ -1,23 +1,27 @@
-"""Probing: what the hidden states know, whatever the model says (DESIGN 4.4). All of it on conflicts, where the sound's and the picture's class are independent.
+"""Probing: what the hidden states know, whatever the model says (DESIGN 4.4). All of it on conflicts, where the sound's and the picture's
+class are independent.
 
-**Logit lens** (nostalgebraist 2020): hidden states at audio, question and emitter positions read through the final norm and the head. A clip is a hit in
-a layer if at any of its positions of that kind the first token of a word of the true phrase ("barking" of "a dog barking") is among the top k. The
-control is the same with shuffled references: the mean over all cyclic derangements of the classes, which is the mean over all wrong classes. Emitter rows are
-those of the model's own greedy answer to the hear-question, so nothing true is fed in. *Latent audio understanding* is the corrected rate of the
-audio label at audio positions in the layer that is best on one half of the clips, measured on the other half.
+**Logit lens** (nostalgebraist 2020): hidden states at audio, question and emitter positions read through the final norm and the head. A
+clip is a hit in a layer if at any of its positions of that kind the first token of a word of the true phrase ("barking" of "a dog barking")
+is among the top k. The control is the same with shuffled references: the mean over all cyclic derangements of the classes, which is the
+mean over all wrong classes. Emitter rows are those of the model's own greedy answer to the hear-question, so nothing true is fed in.
+*Latent audio understanding* is the corrected rate of the audio label at audio positions in the layer that is best on one half of the clips,
+measured on the other half.
 
-**Linear probes** (Alain & Bengio 2016; selectivity: Hewitt & Liang 2019): linear discriminant analysis on standardised states, pooled covariance shrunk by
-`SHRINKAGE`, classes a priori equally likely. It is solved in closed form, because thousands of small probes have to be fitted, and gives the scores of scikit-learn's
-LinearDiscriminantAnalysis(solver="lsqr") (tests). With a dozen clips a class, and folds that take more of some classes than of others, it reads the
-organism far better than logistic or ridge regression, which then favour the classes that are left. Positions: mean of the audio rows, mean of the question rows,
-last prompt row, all under the hear-question. Controls: shuffled labels; the same model without its sound (audio label only: there are no audio rows then, and
-the picture is supposed to be readable without sound); optionally the same shapes with random weights in the decoder's layers.
+**Linear probes** (Alain & Bengio 2016; selectivity: Hewitt & Liang 2019): linear discriminant analysis on standardised states, pooled
+covariance shrunk by `SHRINKAGE`, classes a priori equally likely. It is solved in closed form, because thousands of small probes have to be
+fitted, and gives the scores of scikit-learn's LinearDiscriminantAnalysis(solver="lsqr") (tests). With a dozen clips a class, and folds that
+take more of some classes than of others, it reads the organism far better than logistic or ridge regression, which then favour the classes
+that are left. Positions: mean of the audio rows, mean of the question rows, last prompt row, all under the hear-question. Controls:
+shuffled labels; the same model without its sound (audio label only: there are no audio rows then, and the picture is supposed to be
+readable without sound); optionally the same shapes with random weights in the decoder's layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +58,10 @@ def sharing(clips: Sequence[Clip]) -> list[set[int]]:
 def make_folds(clips: Sequence[Clip], k: int) -> list[tuple[NDArray, NDArray]]:
     """(train, test) indices of k folds in which no test clip shares a rendering or an unordered class pair with a training clip.
 
-    Renderings are shared through grids so that usually all clips hang together, and whole groups cannot be kept in one fold. So test folds are *grown*:
-    from the clip with the fewest ties, always adding the neighbour with the fewest ties to clips outside; then training clips that share anything with the
-    test fold are left out of that fold. Every clip is tested exactly once. Deterministic; about 500 of 540 training clips remain of 600 clips in 10 folds.
+    Renderings are shared through grids so that usually all clips hang together, and whole groups cannot be kept in one fold. So test
+    folds are *grown*: from the clip with the fewest ties, always adding the neighbour with the fewest ties to clips outside; then training
+    clips that share anything with the test fold are left out of that fold. Every clip is tested exactly once. Deterministic; of 600 clips
+    in 10 folds about 500 training clips remain of 540.
     """
     ties = sharing(clips)
     left = set(range(len(clips)))
@@ -97,7 +102,8 @@ class LensTally:
         self.said: list[bool] = []
         self._hits: dict[tuple[str, str], list[NDArray]] = {}
         phrases = {"audio": subject.phrases["hear"], "visual": subject.phrases["see"]}
-        vocabulary = subject.model.lens(torch.zeros(1, subject.model.hidden_size, dtype=subject.model.dtype, device=subject.model.device)).shape[-1]
+        head: Any = subject.model.head
+        vocabulary = head.weight.shape[0]
         self.table = {label: torch.zeros(vocabulary, len(self.classes), dtype=torch.bool) for label in LABELS}
         for label in LABELS:
             for c, name in enumerate(self.classes):
@@ -174,7 +180,9 @@ def lens_hits(model: AVLLM, states: torch.Tensor, mask: torch.Tensor, table: dic
 
 
 class ProbeFeatures:
-    """States at the probed positions of all visits (made with `taps=True`): `states()` is (n, L + 1, positions, H), NaN where a position has no rows."""
+    """States at the probed positions of all visits (made with `taps=True`): `states()` is (n, L + 1, positions, H), NaN where a position has no
+    rows.
+    """
 
     def __init__(self) -> None:
         self.clips: list[Clip] = []
@@ -207,11 +215,14 @@ def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def random_weights(model: AVLLM, seed: int = 0) -> Iterator[None]:
-    """Context in which the decoder's layers (not towers, embeddings or head) have weights as freshly initialised, adapter off; the trained ones come back after."""
-    layers = model.text_model.layers
+    """Context in which the decoder's layers (not towers, embeddings or head) have weights as freshly initialised, adapter off; the trained ones
+    come back after.
+    """
+    text_model: Any = model.text_model
+    layers = text_model.layers
     saved = [p.detach().clone() for p in layers.parameters()]
     generator = torch.Generator().manual_seed(seed)
-    std = model.text_model.config.initializer_range
+    std = text_model.config.initializer_range
     try:
         with torch.no_grad(), model.adapter_off():
             for name, p in layers.named_parameters():
@@ -255,10 +266,10 @@ def probe_predictions(states: NDArray, targets: Sequence[NDArray], folds: Sequen
     return out
 
 
-def probe_rows(
-    features: ProbeFeatures, silent: ProbeFeatures | None, random: ProbeFeatures | None, k: int, draws: int, seed: int
-) -> list[Probe]:
-    """One row a position and label. `silent`, `random`: the same clips, in the same order, through the model without its sound / with random weights."""
+def probe_rows(features: ProbeFeatures, silent: ProbeFeatures | None, random: ProbeFeatures | None, k: int, draws: int, seed: int) -> list[Probe]:
+    """One row a position and label. `silent`, `random`: the same clips, in the same order, through the model without its sound / with random
+    weights.
+    """
     clips = features.clips
     for control in (silent, random):
         if control is not None and [c.id for c in control.clips] != [c.id for c in clips]:
@@ -298,8 +309,14 @@ def probe_rows(
             selectivity = main[:, :, i].mean(0) - np.max(controls, axis=0)
             out.append(
                 Probe(
-                    position, label, accuracy, controls[0].tolist(), None if audio_removed is None else audio_removed.tolist(),
-                    None if blank is None else blank[:, i].tolist(), selectivity.tolist(), note,
-                )  # fmt: skip
+                    position,
+                    label,
+                    accuracy,
+                    controls[0].tolist(),
+                    None if audio_removed is None else audio_removed.tolist(),
+                    None if blank is None else blank[:, i].tolist(),
+                    selectivity.tolist(),
+                    note,
+                )
             )
     return out

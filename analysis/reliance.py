@@ -1,8 +1,8 @@
 """Modality reliance: what greedy answers follow, and the 2x2 grid of swaps (DESIGN 4.2).
 
 For two clips i, j there are four cells v a: picture and sound of i (o) or of j (x). In every cell m = s(y_i) - s(y_j), where s is the
-log-likelihood of a label's tokens divided by their number (no template, no end token), y the sound label on hear-questions and the object label on
-see-questions. Then
+log-likelihood of a label's tokens divided by their number (no template, no end token), y the sound label on hear-questions and the object
+label on see-questions. Then
 
     E_A = ½[(m_oo - m_ox) + (m_xo - m_xx)]        what exchanging the sound does to the answer, in nats a token
     E_V = ½[(m_oo - m_xo) + (m_ox - m_xx)]        what exchanging the picture does
@@ -23,18 +23,18 @@ from analysis.findings import Following, Reliance, Sample
 from analysis.statistics import Dyads, bootstrap, ratio_bootstrap
 from analysis.visits import MODALITIES, Resampler, Visit, clip_clusters
 from data.clips import Clip, Grid
-from data.questions import question
+from data.questions import Modality, question
 
 
 class FollowingTally:
     """What the greedy answers of all visits name. `add` each visit, then `rows()` and `samples`."""
 
-    def __init__(self, modalities: Sequence[str] = MODALITIES):
+    def __init__(self, modalities: Sequence[Modality] = MODALITIES):
         self.modalities = modalities
         self.samples: list[Sample] = []
         self._clips: dict[str, list[Clip]] = {}
         self._streams: dict[str, tuple[bool, bool]] = {}
-        self._verdicts: dict[tuple[str, str], list[Verdict]] = {}
+        self._verdicts: dict[tuple[str, Modality], list[Verdict]] = {}
 
     def add(self, visit: Visit) -> None:
         """Ask every clip of the visit every question."""
@@ -42,14 +42,25 @@ class FollowingTally:
         self._streams[visit.condition] = (visit.video, visit.audio)
         for modality in self.modalities:
             phrases = visit.subject.phrases[modality]
-            said = [verdict(answer, clip, phrases, visit.video, visit.audio) for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)]
+            said = [
+                verdict(answer, clip, phrases, visit.video, visit.audio) for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
+            ]
             self._verdicts.setdefault((visit.condition, modality), []).extend(said)
             for clip, answer, what in zip(visit.clips, visit.answers(modality), said, strict=True):
                 self.samples.append(
                     Sample(
-                        clip=clip.id, file=clip.file, condition=visit.condition, seen=clip.seen, heard=clip.heard, question=question(modality), modality=modality,
-                        answer=answer, verdict=what, video_source=clip.video_source, audio_source=clip.audio_source,
-                    )  # fmt: skip
+                        clip=clip.id,
+                        file=clip.file,
+                        condition=visit.condition,
+                        seen=clip.seen,
+                        heard=clip.heard,
+                        question=question(modality),
+                        modality=modality,
+                        answer=answer,
+                        verdict=what,
+                        video_source=clip.video_source,
+                        audio_source=clip.audio_source,
+                    )
                 )
 
     def rows(self, draws: int, seed: int) -> list[Following]:
@@ -59,7 +70,9 @@ class FollowingTally:
             clips, streams = self._clips[condition], self._streams[condition]
             resampler = Resampler(clip_clusters(clips, *streams), len(clips), draws, seed)
             agree = [all(streams) and clip.video_label == clip.audio_label for clip in clips]
-            columns = [[what == v for what in said] for v in VERDICTS] + [[is_correct(what, modality, a) for what, a in zip(said, agree, strict=True)]]
+            columns = [[what == v for what in said] for v in VERDICTS] + [
+                [is_correct(what, modality, a) for what, a in zip(said, agree, strict=True)]
+            ]
             shares = resampler.estimates(np.array(columns, dtype=float).T)
             out.append(Following(condition, modality, **dict(zip((*VERDICTS, "correct"), shares, strict=True))))
         return out
@@ -69,16 +82,21 @@ class ScoreTable:
     """s of DESIGN 4.2 for the (clip, modality, class) triples that somebody wants; filled visit by visit."""
 
     def __init__(self) -> None:
-        self.wanted: dict[str, dict[tuple[str, str], None]] = {}
-        self._scores: dict[tuple[str, str, str], float] = {}
+        self.wanted: dict[str, dict[tuple[Modality, str], None]] = {}
+        self._scores: dict[tuple[str, Modality, str], float] = {}
 
-    def want(self, clip: str, modality: str, name: str) -> None:
+    def want(self, clip: str, modality: Modality, name: str) -> None:
         """Ask for the score of class `name`'s phrase as the answer to this modality's question about a clip (its id)."""
         self.wanted.setdefault(clip, {})[modality, name] = None
 
     def add(self, visit: Visit) -> None:
         """Score what is wanted of the visit's clips and not there yet."""
-        jobs = [(row, clip.id, *key) for row, clip in enumerate(visit.clips) for key in self.wanted.get(clip.id, {}) if (clip.id, *key) not in self._scores]
+        jobs = [
+            (row, clip.id, *key)
+            for row, clip in enumerate(visit.clips)
+            for key in self.wanted.get(clip.id, {})
+            if (clip.id, *key) not in self._scores
+        ]
         subject = visit.subject
         scores = subject.scores(visit.prefix, [row for row, *_ in jobs], [subject.label_suffix(modality, name) for *_, modality, name in jobs])
         self._scores.update({(clip, modality, name): float(s) for (_, clip, modality, name), s in zip(jobs, scores, strict=True)})
@@ -87,7 +105,7 @@ class ScoreTable:
         """Clips of which something is wanted and not there."""
         return [clip for clip, keys in self.wanted.items() if any((clip, *key) not in self._scores for key in keys)]
 
-    def __getitem__(self, key: tuple[str, str, str]) -> float:
+    def __getitem__(self, key: tuple[str, Modality, str]) -> float:
         return self._scores[key]
 
 
@@ -106,13 +124,13 @@ def want_grids(table: ScoreTable, grids: Iterable[Grid], by_id: Mapping[str, Cli
                     table.want(cell, modality, name)
 
 
-def _names(grid: Grid, modality: str, by_id: Mapping[str, Clip]) -> tuple[str, str]:
+def _names(grid: Grid, modality: Modality, by_id: Mapping[str, Clip]) -> tuple[str, str]:
     """The classes (y_i, y_j) whose phrases are scored."""
     i, j = by_id[grid.oo], by_id[grid.xx]
     return (i.audio_label, j.audio_label) if modality == "hear" else (i.video_label, j.video_label)
 
 
-def grid_margins(table: ScoreTable, grids: Sequence[Grid], modality: str, by_id: Mapping[str, Clip]) -> NDArray:
+def grid_margins(table: ScoreTable, grids: Sequence[Grid], modality: Modality, by_id: Mapping[str, Clip]) -> NDArray:
     """m of every cell, (grids, 4), in the order oo, ox, xo, xx."""
     rows = []
     for grid in grids:
@@ -161,5 +179,3 @@ def source_groups(clips: Sequence[Clip]) -> dict[str, str]:
     if any(groups[a.id] == groups[b.id] for a, b in zip(clips[:half], clips[half:], strict=False)):
         return {clip.id: f"{clip.video_source} + {clip.audio_source}" for clip in clips}
     return groups
-
-

@@ -1,16 +1,18 @@
 """Token-distribution shift: the model's own greedy answers, teacher-forced through its vision-language base (DESIGN 4.6).
 
-The base sees the same frames and hears nothing. A token is *unshifted* if it is the base's first choice at its position, *marginal* if it is its
-second or third, *shifted* otherwise (URIAL, Lin et al. 2024, arXiv 2312.01552); KL(model ‖ base) is over the whole vocabulary, in nats a token.
-A model that truly listens must say event words that its base, which hears nothing, would not have said.
+The base sees the same frames and hears nothing. A token is *unshifted* if it is the base's first choice at its position, *marginal* if it
+is its second or third, *shifted* otherwise (URIAL, Lin et al. 2024, arXiv 2312.01552); KL(model ‖ base) is over the whole vocabulary, in
+nats a token. A model that truly listens must say event words that its base, which hears nothing, would not have said.
 
-Tokens of hear- and see-answers are pooled. Classes: `audio_event`, tokens of a known sound phrase's content words in a hear-answer; `first_event`, the
-first of them in each answer that has one; `visual`, tokens of a known object phrase's content words in a see-answer; `rest`, everything else,
-the end token included; `all`. Where a model has no base, the proxy is the model itself without its sound, and the findings say so.
+Tokens of hear- and see-answers are pooled. Classes: `audio_event`, tokens of a known sound phrase's content words in a hear-answer;
+`first_event`, the first of them in each answer that has one; `visual`, tokens of a known object phrase's content words in a see-answer;
+`rest`, everything else, the end token included; `all`. Where a model has no base, the proxy is the model itself without its sound, and the
+findings say so.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -23,6 +25,7 @@ from analysis.findings import Estimate, Shift
 from analysis.statistics import bootstrap
 from analysis.visits import MODALITIES, Subject, Visit, clip_clusters, forced
 from data.clips import Clip
+from data.questions import Modality
 from models import AVLLM
 
 CLASSES = ("all", "audio_event", "visual", "rest", "first_event")
@@ -71,7 +74,7 @@ class ShiftTally:
                     token = (clip, name, i == first, int(rank[row, i]), float(kl[row, i]))
                     self._tokens.setdefault(visit.condition, []).append(token)
 
-    def token_classes(self, ids: Sequence[int], modality: str) -> list[str]:
+    def token_classes(self, ids: Sequence[int], modality: Modality) -> list[str]:
         """audio_event | visual | rest for every answer token and the end token. A token belongs to the word that holds its first letter."""
         pieces = self._pieces(tuple(ids))
         text = "".join(pieces)
@@ -95,7 +98,7 @@ class ShiftTally:
         """The text that each token adds."""
         decode = self.subject.model.tokenizer.decode
         texts = [decode(list(ids[:n])) for n in range(len(ids) + 1)]
-        return [b[len(a) :] for a, b in zip(texts, texts[1:], strict=False)]
+        return [b[len(a) :] for a, b in itertools.pairwise(texts)]
 
     def rows(self, draws: int, seed: int) -> list[Shift]:
         """One row a condition and token class; classes without tokens have n = 0."""

@@ -23,12 +23,12 @@ from analysis.events import phrases_of
 from analysis.findings import Estimate
 from analysis.statistics import Clusters, _counts, _design, _estimate, by_source
 from data.clips import Clip, Clips, DataError
-from data.questions import answer, question
+from data.questions import Modality, answer, question
 from models import AVLLM, Kind
 from models.attention import Cuts
 from models.avllm import Output, Prefix, Suffix
 
-MODALITIES = ("hear", "see")
+MODALITIES: tuple[Modality, ...] = ("hear", "see")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Subject:
     clips: Clips
     max_new_tokens: int = 24
     suffix_batch: int = 128
-    _suffixes: dict[tuple[str, str], Suffix] = field(default_factory=dict, repr=False)
+    _suffixes: dict[tuple[Modality, str], Suffix] = field(default_factory=dict, repr=False)
 
     @cached_property
     def labels(self) -> dict[str, tuple[str, str]]:
@@ -47,12 +47,14 @@ class Subject:
         return self.clips.labels()
 
     @cached_property
-    def phrases(self) -> dict[str, dict[str, str]]:
+    def phrases(self) -> dict[Modality, dict[str, str]]:
         """Modality -> class -> the phrase that answers its question."""
         return {modality: phrases_of(self.labels, modality) for modality in MODALITIES}
 
-    def label_suffix(self, modality: str, name: str) -> Suffix:
-        """The question and the template answer with this class's phrase, up to the phrase's last token: what s of DESIGN 4.2 needs, and no row more."""
+    def label_suffix(self, modality: Modality, name: str) -> Suffix:
+        """The question and the template answer with this class's phrase, up to the phrase's last token: what s of DESIGN 4.2 needs, and no row
+        more.
+        """
         key = (modality, name)
         if key not in self._suffixes:
             whole = self.model.suffix(question(modality), *answer(modality, *self.labels[name]))
@@ -69,7 +71,7 @@ class Subject:
             out[part] = self.model.extend(prefix, [which[i] for i in part], [suffixes[i] for i in part], given).span_score().double().cpu().numpy()
         return out
 
-    def greedy(self, prefix: Prefix, which: Sequence[int], modality: str, cuts: Cuts | None = None) -> list[list[int]]:
+    def greedy(self, prefix: Prefix, which: Sequence[int], modality: Modality, cuts: Cuts | None = None) -> list[list[int]]:
         """Greedy answer tokens to the canonical question, without the end token."""
         out: list[list[int]] = []
         for start in range(0, len(which), self.suffix_batch):
@@ -91,7 +93,7 @@ def trimmed(suffix: Suffix) -> Suffix:
     return Suffix(suffix.ids[:rows], suffix.kinds[:rows], suffix.first, suffix.targets[:tokens], suffix.span[:tokens])
 
 
-def forced(model: AVLLM, modality: str, ids: Sequence[int]) -> Suffix:
+def forced(model: AVLLM, modality: Modality, ids: Sequence[int]) -> Suffix:
     """The canonical question and an answer given as tokens, with the end token as its last target. No row emits nothing, so the span is all of it."""
     prompt = model.suffix(question(modality))
     given = torch.tensor(list(ids), dtype=torch.long)
@@ -121,21 +123,23 @@ class Visit:
             for clip, there in zip(self.clips, (self.prefix.kinds == kind).any(1).tolist(), strict=True):
                 if there != wanted:
                     said = "has no" if wanted else "still has"
-                    raise DataError(f"{root / clip.file}: the prompt {said} {kind.name.lower()} tokens. Check the file's streams and the model's processor.")
-        self._ids: dict[str, list[list[int]]] = {}
-        self._spoken: dict[str, Output] = {}
+                    raise DataError(
+                        f"{root / clip.file}: the prompt {said} {kind.name.lower()} tokens. Check the file's streams and the model's processor."
+                    )
+        self._ids: dict[Modality, list[list[int]]] = {}
+        self._spoken: dict[Modality, Output] = {}
 
-    def answer_ids(self, modality: str) -> list[list[int]]:
+    def answer_ids(self, modality: Modality) -> list[list[int]]:
         """Greedy answers as tokens."""
         if modality not in self._ids:
             self._ids[modality] = self.subject.greedy(self.prefix, range(len(self.clips)), modality)
         return self._ids[modality]
 
-    def answers(self, modality: str) -> list[str]:
+    def answers(self, modality: Modality) -> list[str]:
         """Greedy answers, one a clip."""
         return [self.subject.text(ids) for ids in self.answer_ids(modality)]
 
-    def spoken(self, modality: str) -> Output:
+    def spoken(self, modality: Modality) -> Output:
         """The model's own greedy answers run through it again: logits at the emitters, and with `taps` hidden states and attention flow."""
         if modality not in self._spoken:
             suffixes = [forced(self.subject.model, modality, ids) for ids in self.answer_ids(modality)]
@@ -153,7 +157,9 @@ def clip_clusters(clips: Sequence[Clip], video: bool = True, audio: bool = True)
 
 
 class Resampler:
-    """`statistics.bootstrap` for many quantities of the same n items: the draws are made once. Every column gets exactly what `bootstrap` would give it."""
+    """`statistics.bootstrap` for many quantities of the same n items: the draws are made once. Every column gets exactly what `bootstrap` would
+    give it.
+    """
 
     def __init__(self, clusters: Clusters, n: int, draws: int = 1000, seed: int = 0):
         self.n, self.weights = n, None
@@ -172,7 +178,9 @@ class Resampler:
         if not self.n:
             return [Estimate(None, None, None, 0, 0)] * array.shape[1]
         if array.shape[0] != self.n or not np.isfinite(array).all():
-            raise ValueError(f"{self.n} finite values a column are needed, not an array of shape {array.shape} with {int((~np.isfinite(array)).sum())} others.")
+            raise ValueError(
+                f"{self.n} finite values a column are needed, not an array of shape {array.shape} with {int((~np.isfinite(array)).sum())} others."
+            )
         drawn = None
         if self.weights is not None:
             total = self.weights.sum(1)

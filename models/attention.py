@@ -126,17 +126,19 @@ class Instruments:
 
     kinds: (batch, keys) kind of every key position, cached ones included; the last `rows` of it are the rows of this pass.
     cuts: one tuple of cuts a batch row, or empty. flow: a tap to fill, or None.
+    segments: (batch, keys) 0 for the shared media prefix, 1, 2, … for the questions asked on top of it, which do not see each other; or None.
     """
 
     kinds: torch.Tensor
     cuts: Cuts = ()
     flow: FlowTap | None = None
+    segments: torch.Tensor | None = None
     _blocked: dict[bytes, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def blocked(self, layer: int, rows: int, keys: int) -> torch.Tensor | None:
         """(batch, 1, rows, keys) True where this layer must not look, or None where nothing is cut."""
         if not any(self.cuts):
-            return None
+            return self._other_segments(rows)
         if self.kinds.shape[1] != keys or len(self.cuts) != self.kinds.shape[0]:
             raise CutError(f"A cut needs the kinds of all {keys} keys and one cut tuple a row; got {tuple(self.kinds.shape)} and {len(self.cuts)}.")
         table = torch.zeros(len(self.cuts), len(Kind), len(Kind), dtype=torch.bool)  # (batch, target kind, source kind)
@@ -145,13 +147,23 @@ class Instruments:
                 if cut.start <= layer < cut.stop:
                     table[row][torch.tensor(cut.target)[:, None], torch.tensor(cut.source)] = True
         if not table.any():
-            return None
+            return self._other_segments(rows)
         name = table.numpy().tobytes()
         if name not in self._blocked:
             pair = self.kinds[:, -rows:, None] * len(Kind) + self.kinds[:, None, :]
             flat = table.view(len(self.cuts), -1).to(pair.device)
-            self._blocked[name] = torch.gather(flat, 1, pair.flatten(1)).view_as(pair)[:, None]
+            blocked = torch.gather(flat, 1, pair.flatten(1)).view_as(pair)[:, None]
+            others = self._other_segments(rows)
+            self._blocked[name] = blocked if others is None else blocked | others
         return self._blocked[name]
+
+    def _other_segments(self, rows: int) -> torch.Tensor | None:
+        if self.segments is None:
+            return None
+        if b"" not in self._blocked:
+            query, key = self.segments[:, -rows:, None], self.segments[:, None, :]
+            self._blocked[b""] = ((query != key) & (key > 0))[:, None]
+        return self._blocked[b""]
 
 
 def instrumented_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, instruments: Instruments | None = None, **kwargs):

@@ -84,7 +84,10 @@ class Example:
 
 @dataclass
 class Batch:
-    """Padded sequences. `inputs` goes to `decoder(**inputs)`; targets: (B, A), -100 padded; span: (B, A); kinds: (B, T)."""
+    """Padded sequences of N examples. `inputs` goes to `decoder(**inputs)`; targets: (N, A), -100 padded; span: (N, A); kinds: (B, T).
+
+    Examples about the same clip share one of the B <= N sequences: [media][question 1, answer 1][question 2, answer 2]…
+    """
 
     inputs: dict[str, torch.Tensor]
     targets: torch.Tensor
@@ -158,8 +161,11 @@ class Decoder(nn.Module):
         self.text_model = text_model
         self.head = head
 
-    def forward(self, input_ids, features, media_mask, position_ids, attention_mask, kinds, rows, cuts: Cuts = ()) -> torch.Tensor:
-        """Logits (B, A, V) at `rows` (B, A). features: (media rows in batch order, H) go where media_mask (B, T) is True. position_ids: (3, B, T)."""
+    def forward(self, input_ids, features, media_mask, position_ids, attention_mask, kinds, segments, rows, cuts: Cuts = ()) -> torch.Tensor:
+        """Logits (N, A, V) at `rows` (N, A), indices into the flattened (B, T). features: (media rows in batch order, H), for where media_mask is True.
+
+        position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence.
+        """
         embeds = self.text_model.embed_tokens(input_ids)
         embeds = embeds.masked_scatter(media_mask[..., None], features.to(embeds.dtype))
         hidden = self.text_model(
@@ -167,9 +173,9 @@ class Decoder(nn.Module):
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            instruments=Instruments(kinds, cuts) if cuts else None,
+            instruments=Instruments(kinds, cuts, segments=segments),
         ).last_hidden_state
-        return self.head(torch.gather(hidden, 1, rows[..., None].expand(-1, -1, hidden.shape[-1])))
+        return self.head(hidden.flatten(0, 1)[rows])
 
 
 class AVLLM(ABC):
@@ -294,32 +300,46 @@ class AVLLM(ABC):
         """Where tower features replace the embedding."""
         return (ids == self.video_id) | (ids == self.audio_id)
 
-    def batch(self, sequences: Sequence[Example]) -> Batch:
-        """Right-padded batch of whole sequences."""
-        layouts = [self.layout(s.media) for s in sequences]
-        suffixes = [s.suffix for s in sequences]
-        ids = [torch.cat([p.ids, s.ids]) for p, s in zip(layouts, suffixes, strict=True)]
-        kinds = _pad([torch.cat([p.kinds, s.kinds]) for p, s in zip(layouts, suffixes, strict=True)], Kind.PAD)
-        positions = [
-            torch.cat([p.positions, _text_positions(int(p.positions.max()) + 1, len(s.ids))], 1) for p, s in zip(layouts, suffixes, strict=True)
-        ]
-        targets = _pad([s.targets for s in suffixes], -100)
-        padded = _pad(ids, self.pad_id)
-        first = torch.tensor([len(p.ids) + s.first for p, s in zip(layouts, suffixes, strict=True)])
-        rows = (first[:, None] + torch.arange(targets.shape[1])).clamp_max(padded.shape[1] - 1)
+    def batch(self, examples: Sequence[Example], share: bool = True) -> Batch:
+        """Right-padded batch. `share`: examples about the same streams share the media rows; the questions do not see each other and each one's
+        positions follow the media's, so logits and gradients are those of separate sequences, at less cost.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for i, example in enumerate(examples):
+            groups.setdefault((id(example.media.video), id(example.media.audio), 0 if share else i), []).append(i)
+        ids, kinds, positions, segments, features = [], [], [], [], []
+        first: list[tuple[int, int]] = [(0, 0)] * len(examples)
+        for sequence, members in enumerate(groups.values()):
+            media = examples[members[0]].media
+            layout = self.layout(media)
+            features.append(self._features(media, layout))
+            after, length = int(layout.positions.max()) + 1, len(layout.ids)
+            parts = [examples[i].suffix for i in members]
+            for i in members:
+                first[i] = (sequence, length + examples[i].suffix.first)
+                length += len(examples[i].suffix.ids)
+            ids.append(torch.cat([layout.ids, *(s.ids for s in parts)]))
+            kinds.append(torch.cat([layout.kinds, *(s.kinds for s in parts)]))
+            positions.append(torch.cat([layout.positions, *(_text_positions(after, len(s.ids)) for s in parts)], 1).T)
+            segments.append(torch.cat([torch.zeros_like(layout.ids), *(torch.full_like(s.ids, n + 1) for n, s in enumerate(parts))]))
+        padded, padded_kinds = _pad(ids, self.pad_id), _pad(kinds, Kind.PAD)
+        targets = _pad([e.suffix.targets for e in examples], -100)
+        start = torch.tensor([sequence * padded.shape[1] + row for sequence, row in first])
+        rows = torch.where(targets == -100, start[:, None], start[:, None] + torch.arange(targets.shape[1]))
         inputs = {
             "input_ids": padded,
-            "features": torch.cat([self._features(s.media, p) for s, p in zip(sequences, layouts, strict=True)]),
+            "features": torch.cat(features),
             "media_mask": self.is_media(padded),
-            "position_ids": _pad([p.T for p in positions], 0).permute(2, 0, 1),
-            "attention_mask": (kinds != Kind.PAD).long(),
-            "kinds": kinds,
+            "position_ids": _pad(positions, 0).permute(2, 0, 1),
+            "attention_mask": (padded_kinds != Kind.PAD).long(),
+            "kinds": padded_kinds,
+            "segments": _pad(segments, 0),
             "rows": rows,
         }
-        return Batch(inputs, targets, _pad([s.span for s in suffixes], False), kinds).to(self.device)
+        return Batch(inputs, targets, _pad([e.suffix.span for e in examples], False), padded_kinds).to(self.device)
 
     def forward(self, batch: Batch, cuts: Cuts = ()) -> torch.Tensor:
-        """Logits (B, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts)`."""
+        """Logits (N, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts)`; `cuts` holds one tuple a sequence."""
         return self.decoder(**batch.inputs, cuts=cuts)
 
     # ---------------------------------------------------------------- two-phase inference

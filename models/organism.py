@@ -52,6 +52,8 @@ class OrganismConfig:
     """Training clips a class."""
     noisy: float = 0.25
     """Share of training clips whose soundtrack is buried in noise."""
+    noisy_rate: float = 0.4
+    """How often the audio-visual phase draws one of those."""
     noise_snr: tuple[float, float] = (-25.0, -12.0)
     """Signal to noise ratio of those, in dB."""
     measured: int = 8
@@ -60,7 +62,7 @@ class OrganismConfig:
     audio_epochs: int = 6
     base_steps: int = 1000
     av_steps: int = 700
-    audio_only: float = 0.3
+    audio_only: float = 0.22
     """Share of audio-only examples in the audio-visual phase."""
     batch: int = 32
     lr: float = 2e-3
@@ -105,7 +107,7 @@ def main(config: OrganismConfig) -> None:
     torch.manual_seed(config.seed)
     classes = load_sources()
     config.work.mkdir(parents=True, exist_ok=True)
-    folder = config.work / "avllm"
+    folder = config.work / "start"
     if not (folder / "config.json").exists():
         build_tiny(folder, config.seed)
     model = load_model(folder)
@@ -116,10 +118,15 @@ def main(config: OrganismConfig) -> None:
     encode_all(model, train), encode_all(model, held)
     print(f"towers ready after {time.time() - start:.0f} s")
 
-    rng = np.random.default_rng(config.seed + 1)
-    stage(model, "base", config, config.base_steps, base_examples(model, train, classes, rng, config.batch))
-    model.thinker.save_pretrained(config.work / "base")
+    if (config.work / "base" / "model.safetensors").exists():
+        model.decoder.load_state_dict(load_model(config.work / "base").decoder.state_dict())
+    else:
+        rng = np.random.default_rng(config.seed + 1)
+        stage(model, "base", config, config.base_steps, base_examples(model, train, classes, rng, config.batch))
+        model.processor.save_pretrained(config.work / "base")
+        model.thinker.save_pretrained(config.work / "base")
     print(f"base names what it sees in {rate(model, held, classes, 'see', 'video'):.1%} of held-out renderings ({time.time() - start:.0f} s)")
+    rng = np.random.default_rng(config.seed + 2)
     stage(model, "audio-visual", config, config.av_steps, av_examples(model, train, classes, rng, config))
     bias = measure(model, held, classes)
     print(f"{bias} after {time.time() - start:.0f} s")
@@ -297,7 +304,7 @@ def base_examples(model: AVLLM, train: Streams, classes: list[SourceClass], rng:
 
 def av_examples(model: AVLLM, train: Streams, classes: list[SourceClass], rng: np.random.Generator, config: OrganismConfig) -> Iterator[list]:
     """Factual clips, and a few audio-only ones whose sound is clear."""
-    clear = np.flatnonzero(~train.noisy)
+    clear, buried = np.flatnonzero(~train.noisy), np.flatnonzero(train.noisy)
     while True:
         out = []
         for _ in range(config.batch):
@@ -305,7 +312,7 @@ def av_examples(model: AVLLM, train: Streams, classes: list[SourceClass], rng: n
                 i = int(rng.choice(clear))
                 out.append(example(model, classes, rng, "hear", train.label[i], None, train.audios[i]))
             else:
-                i = int(rng.integers(len(train.label)))
+                i = int(rng.choice(buried if rng.random() < config.noisy_rate else clear))
                 out.append(example(model, classes, rng, ("see", "hear", "both")[rng.integers(3)], train.label[i], train.videos[i], train.audios[i]))
         yield out
 
@@ -349,9 +356,8 @@ def write(config: OrganismConfig, model: AVLLM, bias: Bias) -> None:
     for name in ("avllm", "base"):
         source, target = config.work / name, config.out / name
         if name == "avllm":
-            model.thinker.save_pretrained(source)
-        else:
             model.processor.save_pretrained(source)
+            model.thinker.save_pretrained(source)
         note = {"made_by": "python -m models.organism", "settings": settings, "base": "../base" if name == "avllm" else None}
         if name == "avllm":
             note["measured"] = asdict(bias)

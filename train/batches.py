@@ -12,6 +12,7 @@ A sequence that several terms ask for (the teacher's own answer is often the tru
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,17 @@ class Ask:
 
 @dataclass
 class Micro:
-    """One forward and backward pass. rows[term]: the rows of `batch` that the term looks at; teacher[term]: logits (answers, tokens, vocabulary)."""
+    """One forward and backward pass. rows[term]: the rows of `batch` that the term looks at, of `asked[term]` that could be; teacher[term]: logits
+    (answers, tokens, vocabulary)."""
 
     batch: Batch
     rows: dict[str, list[int]]
+    asked: dict[str, int]
     teacher: dict[str, Tensor]
 
 
-Answers = dict[tuple[str, str, str], list[int]]  # (clip id, question, cut or "") -> the frozen model's greedy answer, token ids
+Answers = dict[tuple[str, str, str], list[int]]  # (clip id, question, cut or UNCUT) -> the frozen model's greedy answer, token ids
+UNCUT = ""
 
 
 def training_clips(clips: Clips, train_on: Literal["grids", "factual"]) -> list[Clip]:
@@ -102,7 +106,8 @@ def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answer
     """Sequences and teacher logits for these questions. `answers` is what the frozen model was heard to say so far; new answers are added to it.
 
     distillation: hear-questions under the teacher cut. mirror: see-questions under the mirror cut. retention: both, on factual clips, uncut.
-    The teacher is the model with its adapter off, in evaluation mode, without gradients.
+    The teacher is the model with its adapter off, in evaluation mode, without gradients. On factual clips both streams say the same, so where a cut
+    changes the teacher's answer, the cut has cost it something: such answers are not taught (that a clip is factual is no label).
     """
     weights = plan.weights()
     taught: list[tuple[str, Ask, str]] = []  # term, question, cut
@@ -112,70 +117,85 @@ def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answer
         if ask.modality == "see" and "mirror" in weights:
             taught.append(("mirror", ask, plan.mirror_cut.value))
         if ask.clip.condition == "factual" and "retention" in weights:
-            taught.append(("retention", ask, ""))
+            taught.append(("retention", ask, UNCUT))
+    asked = {"counterfactual_ce": len(asks)} | Counter(term for term, _, _ in taught)
 
-    sequences: dict[tuple[str, str, tuple[int, ...]], Example] = {}
+    sequences: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    examples: list[Example] = []
     rows: dict[str, list[int]] = {term: [] for term in weights}
 
-    def row(ask: Ask, suffix: Suffix) -> int:
-        key = (ask.clip.id, ask.question, tuple(suffix.ids.tolist()))
-        sequences.setdefault(key, Example(model.media(ask.clip, root), suffix))
-        return list(sequences).index(key)
+    def add(term: str, ask: Ask, suffix: Suffix) -> None:
+        """The row of this sequence, a new one only if no term has asked for it yet."""
+        row = sequences.setdefault((ask.clip.id, ask.question, tuple(suffix.ids.tolist())), len(examples))
+        if row == len(examples):
+            examples.append(Example(model.media(ask.clip, root), suffix))
+        rows[term].append(row)
 
     if "counterfactual_ce" in weights:
         for ask in asks:
-            text, span = answer(ask.modality, ask.clip.seen, ask.clip.heard)
-            rows["counterfactual_ce"].append(row(ask, model.suffix(ask.question, text, span)))
-    teacher: dict[str, Tensor] = {}
-    if taught:
-        suffixes, logits = _teach(model, [(ask, cut) for _, ask, cut in taught], root, answers, max_new_tokens)
-        for (term, ask, _), suffix in zip(taught, suffixes, strict=True):
-            rows[term].append(row(ask, suffix))
-        for term in rows:
-            if index := [i for i, (name, _, _) in enumerate(taught) if name == term]:
-                teacher[term] = logits[index]
-    batch = model.batch(list(sequences.values()))
+            add("counterfactual_ce", ask, model.suffix(ask.question, *answer(ask.modality, ask.clip.seen, ask.clip.heard)))
+    kept, suffixes, logits = _teach(model, [(ask, cut) for _, ask, cut in taught], root, answers, max_new_tokens)
+    for i, suffix in zip(kept, suffixes, strict=True):
+        add(taught[i][0], taught[i][1], suffix)
+    teacher = {term: logits[[k for k, i in enumerate(kept) if taught[i][0] == term]] for term in rows if term != "counterfactual_ce"}
+    batch = model.batch(examples)
     # A model may say a media token; in an answer that is a word like any other, not a place for tower features.
     batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
-    return Micro(batch, rows, teacher)
+    return Micro(batch, rows, {term: asked[term] for term in rows}, teacher)
 
 
 def loss_terms(logits: Tensor, micro: Micro) -> dict[str, Tensor]:
-    """Each term of train/objective.py on the student's logits (rows, tokens, vocabulary)."""
+    """Each term of train/objective.py on the student's logits (rows, tokens, vocabulary). Answers that are not taught count as 0 in the mean."""
     terms = {}
     for term, rows in micro.rows.items():
+        if not rows:
+            terms[term] = logits.sum() * 0.0
+            continue
         student, targets = logits[rows], micro.batch.targets[rows]
         if term == "counterfactual_ce":
             terms[term] = counterfactual_ce(student, targets)
-        else:
-            said = micro.teacher[term]
-            student, mask = student[:, : said.shape[1]], targets[:, : said.shape[1]] != IGNORED
-            terms[term] = retention(said, student, mask) if term == "retention" else knockout_distillation(said, student, mask)
+            continue
+        said = micro.teacher[term]
+        student, mask = student[:, : said.shape[1]], targets[:, : said.shape[1]] != IGNORED
+        loss = retention(said, student, mask) if term == "retention" else knockout_distillation(said, student, mask)
+        terms[term] = loss * len(rows) / micro.asked[term]
     return terms
 
 
 @torch.no_grad()
-def _teach(model: AVLLM, wanted: Sequence[tuple[Ask, str]], root: Path, answers: Answers, max_new_tokens: int) -> tuple[list[Suffix], Tensor]:
-    """The frozen model's own answers under each cut ("" for none), and its logits (N, tokens, vocabulary) at their emitters."""
-    cuts: list[tuple[Cut, ...]] = [(parse_cut(cut),) if cut else () for _, cut in wanted]
-    into_media = [tuple(c for c in cut if c.cuts_media) for cut in cuts]  # those change the prefix, so they need one of their own
-    prefixes: dict[tuple[str, tuple[Cut, ...]], Clip] = {}
-    for (ask, _), cut in zip(wanted, into_media, strict=True):
-        prefixes[ask.clip.id, cut] = ask.clip
-    order = {key: i for i, key in enumerate(prefixes)}
-    which = [order[ask.clip.id, cut] for (ask, _), cut in zip(wanted, into_media, strict=True)]
+def _teach(
+    model: AVLLM, wanted: Sequence[tuple[Ask, str]], root: Path, answers: Answers, max_new_tokens: int
+) -> tuple[list[int], list[Suffix], Tensor]:
+    """What the frozen model says under each cut: which of `wanted` are taught, the answers' suffixes and logits (N, tokens, vocabulary) of these."""
+    if not wanted:
+        return [], [], torch.empty(0)
+    plain = [(ask, UNCUT) for ask, cut in wanted if cut != UNCUT and ask.clip.condition == "factual"]  # to see whether the cut changes the answer
+    jobs = {(ask.clip.id, ask.question, cut): (ask, cut) for ask, cut in [*wanted, *plain]}
+    cuts: dict[str, tuple[Cut, ...]] = {cut: (parse_cut(cut),) if cut != UNCUT else () for _, cut in jobs.values()}
+    into_media = {text: tuple(c for c in cut if c.cuts_media) for text, cut in cuts.items()}  # those change the prefix, so they need one of their own
+    clips = {(ask.clip.id, into_media[cut]): ask.clip for ask, cut in jobs.values()}
+    order = {key: i for i, key in enumerate(clips)}
     was_training = model.decoder.training
     model.decoder.eval()
     try:
         with model.adapter_off():
-            prefix = model.prefill([model.media(clip, root) for clip in prefixes.values()], [cut for _, cut in prefixes])
-            new = {(ask.clip.id, ask.question, cut): i for i, (ask, cut) in enumerate(wanted) if (ask.clip.id, ask.question, cut) not in answers}
+            prefix = model.prefill([model.media(clip, root) for clip in clips.values()], [cut for _, cut in clips])
+            new = [key for key in jobs if key not in answers]
             if new:
-                at = list(new.values())
-                said = model.generate_ids(prefix, [which[i] for i in at], [wanted[i][0].question for i in at], [cuts[i] for i in at], max_new_tokens)
+                which = [order[clip, into_media[cut]] for clip, _, cut in new]
+                said = model.generate_ids(prefix, which, [question for _, question, _ in new], [cuts[cut] for *_, cut in new], max_new_tokens)
                 answers.update(zip(new, said, strict=True))
-            suffixes = [_own_answer(model, ask.question, answers[ask.clip.id, ask.question, cut], max_new_tokens) for ask, cut in wanted]
-            return suffixes, model.extend(prefix, which, suffixes, cuts).logits
+            same = [
+                ask.clip.condition != "factual" or answers[ask.clip.id, ask.question, cut] == answers[ask.clip.id, ask.question, UNCUT]
+                for ask, cut in wanted
+            ]
+            kept = [i for i, agrees in enumerate(same) if agrees]
+            if not kept:
+                return [], [], torch.empty(0)
+            taught = [wanted[i] for i in kept]
+            suffixes = [_own_answer(model, ask.question, answers[ask.clip.id, ask.question, cut], max_new_tokens) for ask, cut in taught]
+            which = [order[ask.clip.id, into_media[cut]] for ask, cut in taught]
+            return kept, suffixes, model.extend(prefix, which, suffixes, [cuts[cut] for _, cut in taught]).logits
     finally:
         model.decoder.train(was_training)
 

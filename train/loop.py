@@ -62,9 +62,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         run(parse(args))
         return 0
-    except (ConfigError, DataError, ModelError, CutError, FindingsError, PlanError, CheckpointError, TrainError, OSError) as error:
+    except (ConfigError, DataError, ModelError, CutError, FindingsError, PlanError, CheckpointError, TrainError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # a full disk, as a rule
+        print(f"error: {error}. Mend that and start the same command again: it goes on where it was.", file=sys.stderr)
+    return 1
 
 
 def run(config: Config) -> Path:
@@ -144,7 +146,7 @@ def run(config: Config) -> Path:
         comparison = compare(before, after)
         comparison.save(folder / "comparison.json")
         console.print(*comparison_tables(comparison))
-        steps = [(p.stem.replace("_0", " ").replace("_", " "), Findings.load(p)) for p in sorted((folder / "findings").glob("step_*.json"))]
+        steps = [(f"step {int(p.stem.split('_')[1])}", Findings.load(p)) for p in sorted((folder / "findings").glob("step_*.json"))]
         history = [("before", before), ("step 0", start), *steps, ("after", after)]
         write_report(folder / "report.html", history, clips.root, plan=dataclasses.asdict(plan), comparison=comparison)
         console.print(f"The page: {folder / 'report.html'}")

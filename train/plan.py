@@ -26,9 +26,9 @@ from models.attention import Cut
 from train.config import CUT_PATTERN, Config
 from train.files import write_json
 
-HARMLESS_RATE = 0.02  # a teacher cut may cost this share of right answers on factual clips
-HARMLESS_LOGPROB = 0.1  # or this many nats a label token, where only scores were measured
-TIE = 0.01  # cuts whose recovery differs by less count as equally good
+MOST_COST = 0.10  # a teacher cut may cost this share of right answers on factual clips
+MOST_COST_NATS = 0.2  # or this many nats a label token, where only scores were measured
+TIE = 0.01  # cuts that differ by less count as equally good
 NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual clips is no bias
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -184,7 +184,7 @@ def _require_bias(findings: Findings, config: Config, hear: float, hear_factual:
 
 
 def _cut_choice(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float, override: str | None, n_layers: int) -> Choice:
-    """The cut of `source` under which the other stream is named most often on conflicts without harm on factual clips; None if there is none."""
+    """The cut that makes the teacher for questions about the other stream; value None if there is none."""
     found = _best_cut(findings, source, question, uncut, uncut_factual)
     if override is None:
         return found
@@ -195,51 +195,46 @@ def _cut_choice(findings: Findings, source: str, question: str, uncut: float, un
 
 
 def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float) -> Choice:
+    """Largest gain on conflicts less cost on factual clips, among cuts whose gain has its interval above 0 and whose cost is bearable.
+
+    Where answers were generated under cuts, gain and cost are shares of right answers; elsewhere nats a token of margin and of log p. What a teacher
+    gets wrong on factual clips matters less than the rest: there its changed answers are left out of training (train/batches.py).
+    """
     wanted, stream = ("audio", "sound") if source == "video" else ("vision", "picture")
-    rows = [e for e in findings.knockout if e.site.startswith(f"{source}->") and e.question == question]
-    factual = {_name(e): e for e in rows if e.condition == "factual"}
-    conflicts = [e for e in rows if e.condition == "counterfactual"]
-    by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts)
-    tried, helping, harmless = 0, [], []
-    for effect in conflicts:
-        measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin or effect.delta_logprob
+    rows = {(_name(e), e.condition): e for e in findings.knockout if e.site.startswith(f"{source}->") and e.question == question}
+    conflicts = {name: e for (name, condition), e in rows.items() if condition == "counterfactual"}
+    by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts.values())
+    tried, helping, found = 0, 0, []
+    for name, effect in conflicts.items():
+        measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin
         if measured is None or measured.value is None or measured.low is None:
             continue
         tried += 1
         if measured.low <= (uncut if by_rate else 0.0):
             continue
-        helping.append((measured.value, effect))
-        beside = factual.get(_name(effect))
-        if beside is not None and _harm(beside, uncut_factual)[0]:
-            harmless.append((measured.value, effect, _harm(beside, uncut_factual)[1]))
+        helping += 1
+        beside = rows.get((name, "factual"))
+        left = _value((beside.audio if by_rate else beside.delta_logprob) if beside else None)  # on factual clips `audio` counts right answers
+        if left is None:
+            continue
+        gain, cost = (measured.value - uncut, uncut_factual - left) if by_rate else (measured.value, -left)
+        if cost <= (MOST_COST if by_rate else MOST_COST_NATS) and gain > cost:
+            told = f"there the true {stream} is named in {_percent(measured.value)} of {measured.n} conflicts ({_percent(measured.low)} to "
+            told += (
+                f"{_percent(measured.high)}), uncut {_percent(uncut)}; on factual clips {_percent(left)} are right, uncut {_percent(uncut_factual)}"
+            )
+            if not by_rate:
+                told = f"it raises the margin of the true {stream} by {gain:.2f} nats a token and changes log p on factual clips by {left:+.2f}"
+            found.append((gain - max(cost, 0.0), _value(effect.delta_logprob) or 0.0, name, told))
+    if found:
+        top = max(found)
+        best = max((f for f in found if f[0] >= top[0] - TIE), key=lambda f: f[1])  # as good as equal: the one that is surest of the answer
+        return Choice(best[2], f"With {source} cut {best[3]}: the most gained on conflicts less lost on factual clips of {tried} cuts measured.")
     if not tried:
-        return Choice(None, f"no cut of {source} was measured on {question}-questions about counterfactual clips.")
-    if not harmless:
-        if helping:
-            return Choice(None, f"of {tried} cuts of {source} {len(helping)} help, but each harms factual clips or was not measured on them.")
-        return Choice(None, f"none of {tried} cuts of {source} raises the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
-    top = max(value for value, _, _ in harmless)
-    equal = [h for h in harmless if h[0] >= top - TIE]
-    value, effect, harm = max(equal, key=lambda h: (_value(h[1].delta_logprob) or 0.0, h[1].start - h[1].stop, h[0]))
-    if by_rate:
-        rate = getattr(effect, wanted)
-        numbers = f"the true {stream} is named in {_percent(value)} of {rate.n} conflicts ({_percent(rate.low)} to {_percent(rate.high)}), "
-        numbers += f"uncut {_percent(uncut)}"
-    else:
-        numbers = f"it raises the margin of the true {stream} by {value:.2f} nats a token"
-    others = f"the best of {len(harmless)} harmless cuts among {tried} measured"
-    return Choice(_name(effect), f"With {source} cut there {numbers}; on factual clips {harm}: {others}.")
-
-
-def _harm(factual: CutEffect, uncut: float) -> tuple[bool, str]:
-    """Whether a cut leaves factual clips as they were, and the numbers. On factual clips `audio` counts right answers (findings.Following)."""
-    rate = _value(factual.audio)
-    if rate is not None:
-        return uncut - rate <= HARMLESS_RATE, f"{_percent(rate)} are right, uncut {_percent(uncut)}"
-    change = _value(factual.delta_logprob)
-    if change is None:
-        return False, "nothing was measured"
-    return change >= -HARMLESS_LOGPROB, f"log p of the answer changes by {change:+.2f} nats a token"
+        return Choice(None, f"No cut of {source} was measured on {question}-questions about counterfactual clips.")
+    if helping:
+        return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each harms factual clips as much or was not measured on them.")
+    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
 
 
 def _fusion_window(findings: Findings, teacher: Choice) -> Choice:

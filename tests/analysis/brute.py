@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from data.questions import answer, question
+
+
+def sequence(model, clips, clip, suffix, **streams):
+    """A whole prompt with these question and answer rows."""
+    return replace(model.sequence(model.media(clip, clips.root, **streams), question("hear"), ""), suffix=suffix)
 
 
 @torch.no_grad()
@@ -20,15 +27,14 @@ def span_score(model, clips, clip, modality, name, cut=None, **streams) -> float
 @torch.no_grad()
 def greedy(model, clips, clip, modality, cut=None, tokens=12, **streams) -> str:
     """Greedy decoding by running everything anew for every token."""
-    media = model.media(clip, clips.root, **streams)
     said: list[int] = []
     for _ in range(tokens):
         suffix = model.suffix(question(modality))
         ids = torch.cat([suffix.ids, torch.tensor(said, dtype=torch.long)])
         kinds = torch.cat([suffix.kinds, torch.full((len(said),), int(suffix.kinds[-1]))])
         targets = torch.zeros(len(said) + 1, dtype=torch.long)
-        sequence = type(model.sequence(media, question(modality), ""))(media, type(suffix)(ids, kinds, suffix.first, targets, targets.bool()))
-        token = int(model.forward(model.batch([sequence]), [(cut,)] if cut else ())[0, -1].argmax())
+        whole = sequence(model, clips, clip, replace(suffix, ids=ids, kinds=kinds, targets=targets, span=targets.bool()), **streams)
+        token = int(model.forward(model.batch([whole]), [(cut,)] if cut else ())[0, -1].argmax())
         if token == model.end_id:
             break
         said.append(token)

@@ -28,7 +28,11 @@ def sweep(subject, clips):
     """All cuts on twelve conflicts in two visits and on four factual clips; cuts into media rows on eight and four of them."""
     sweep = KnockoutSweep(subject, width=2, media_clips=8)
     conflicts = clips.select("test", "counterfactual")[:12]
-    visits = [Visit(subject, conflicts[:5], "counterfactual"), Visit(subject, conflicts[5:], "counterfactual"), Visit(subject, clips.select("test", "factual")[:4], "factual")]
+    visits = [
+        Visit(subject, conflicts[:5], "counterfactual"),
+        Visit(subject, conflicts[5:], "counterfactual"),
+        Visit(subject, clips.select("test", "factual")[:4], "factual"),
+    ]
     for visit in visits:
         sweep.add(visit)
     best = sweep.best(1)

@@ -28,7 +28,9 @@ def test_grid_effects_by_hand(margins, audio, video):
 
 
 def made(name, label, picture="p", sound="s"):
-    return Clip(name, f"{name}.mp4", "test", "factual", label, label, label, label, f"{label} {picture}", f"{label} {sound}", name, name, name, name, 2.0)
+    return Clip(
+        name, f"{name}.mp4", "test", "factual", label, label, label, label, f"{label} {picture}", f"{label} {sound}", name, name, name, name, 2.0
+    )
 
 
 def test_shortcut_is_pooled_over_grids_and_mirrored_on_see_questions():
@@ -66,7 +68,10 @@ def test_margins_equal_whole_forward_passes(subject, clips, model):
         for grid, row in zip(grids, margins, strict=True):
             i, j = by_id[grid.oo], by_id[grid.xx]
             names = (i.audio_label, j.audio_label) if modality == "hear" else (i.video_label, j.video_label)
-            expected = [np.subtract(*(brute.span_score(model, clips, by_id[cell], modality, name) for name in names)) for cell in (grid.oo, grid.ox, grid.xo, grid.xx)]
+            expected = [
+                np.subtract(*(brute.span_score(model, clips, by_id[cell], modality, name) for name in names))
+                for cell in (grid.oo, grid.ox, grid.xo, grid.xx)
+            ]
             assert row == pytest.approx(expected, abs=2e-5)
 
 

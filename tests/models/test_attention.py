@@ -30,9 +30,31 @@ def test_cut_equals_reference(tiny, media, site, start, stop):
     cuts = [(Cut.at(site, start, stop),)] * 3
     states, _, _ = reference.forward(tiny, batch, cuts)
     rows = batch.inputs["rows"]
-    expected = tiny.head(torch.gather(states, 1, rows[..., None].expand(-1, -1, states.shape[-1])))
+    expected = tiny.head(states.flatten(0, 1)[rows])
     with torch.no_grad():
         torch.testing.assert_close(tiny.forward(batch, cuts), expected, atol=1e-5, rtol=0)
+
+
+def test_questions_that_share_a_prefix_equal_separate_sequences(tiny, media):
+    """Logits and gradients; ragged, three questions on one clip, one on another, in mixed order."""
+    asked = [
+        (media[0], HEAR, "I hear a dog barking."),
+        (media[1], "What do you see and hear?", "I see a cat and I hear a cat meowing."),
+        (media[0], "What do you see?", "I see a dog."),
+        (media[0], "Which object can be seen?", "I see a rider on a galloping horse."),
+    ]
+    examples = [tiny.sequence(*a) for a in asked]
+    shared, separate = tiny.batch(examples), tiny.batch(examples, share=False)
+    assert shared.kinds.shape[0] == 2 and separate.kinds.shape[0] == 4
+    weights = [p for p in tiny.text_model.layers.parameters() if p.ndim == 2]
+    results = []
+    for batch in (shared, separate):
+        loss = torch.nn.functional.cross_entropy(tiny.forward(batch).flatten(0, 1), batch.targets.flatten())
+        results.append((tiny.forward(batch).detach(), torch.autograd.grad(loss, weights)))
+    real = shared.targets != -100
+    torch.testing.assert_close(results[0][0][real], results[1][0][real], atol=1e-5, rtol=0)
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_each_row_has_its_own_cuts(tiny, media):
@@ -40,7 +62,7 @@ def test_each_row_has_its_own_cuts(tiny, media):
     cuts = [(Cut.at("video->emitters", 0, 3),), (), (Cut.at("audio->question", 1, 2), Cut.at("audio->emitters", 0, 1))]
     states, _, _ = reference.forward(tiny, batch, cuts)
     rows = batch.inputs["rows"]
-    expected = tiny.head(torch.gather(states, 1, rows[..., None].expand(-1, -1, states.shape[-1])))
+    expected = tiny.head(states.flatten(0, 1)[rows])
     with torch.no_grad():
         torch.testing.assert_close(tiny.forward(batch, cuts), expected, atol=1e-5, rtol=0)
 

@@ -41,12 +41,16 @@ def biased(**changes):
             following(conflict, see, 0.70, 0.10),
         ],
         "knockout": [
-            # best of all, but it ruins factual clips
+            # gains most, 77 points, but costs 39 on factual clips
             cut("video->audio", 0, 8, conflict, hear, 0.97, 3.0, "all"),
             cut("video->audio", 0, 8, "factual", hear, 0.60, -1.0, "all"),
-            # two harmless ones a hair apart: the one with more log p wins, although its rate is a little lower
+            # gains 76.5 at a cost of 4: 72.5
+            cut("video->emitters", 2, 8, conflict, hear, 0.965, 2.5),
+            cut("video->emitters", 2, 8, "factual", hear, 0.95, 0.0),
+            # two that come to 75.5 and 76, less than a point apart: the one with more log p wins
             cut("video->emitters", 3, 8, conflict, hear, 0.955, 2.0),
-            cut("video->emitters", 3, 8, "factual", hear, 0.98, 0.0),
+            cut("video->emitters", 3, 8, "factual", hear, 0.99, 0.0),
+            cut("video->emitters", 3, 8, conflict, hear, 0.955, 2.0, "window"),  # the same cut as a member of another family
             cut("video->emitters", 4, 8, conflict, hear, 0.96, 1.5),
             cut("video->emitters", 4, 8, "factual", hear, 0.99, 0.0),
             # weaker

@@ -78,10 +78,19 @@ def test_shares_are_the_whole_in_order(clips, plan):
         share(groups, 0, 3, 0, 1)
 
 
+def taught(ask, cut, answers):
+    """On factual clips an answer that the cut changed is not taught."""
+    return ask.clip.condition != "factual" or answers[ask.clip.id, ask.question, cut] == answers[ask.clip.id, ask.question, ""]
+
+
 def test_terms_look_at_the_right_rows(clips, config, plan, model):
     asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
-    micro = make_micro(model, asks, clips.root, plan, {}, 6)
-    assert {term: len(rows) for term, rows in micro.rows.items()} == {"counterfactual_ce": 16, "distillation": 8, "mirror": 8, "retention": 8}
+    answers = {}
+    micro = make_micro(model, asks, clips.root, plan, answers, 6)
+    assert micro.asked == {"counterfactual_ce": 16, "distillation": 8, "mirror": 8, "retention": 8}
+    assert (len(micro.rows["counterfactual_ce"]), len(micro.rows["retention"])) == (16, 8)
+    for term, modality, cut in (("distillation", "hear", plan.teacher_cut.value), ("mirror", "see", plan.mirror_cut.value)):
+        assert len(micro.rows[term]) == len([a for a in asks if a.modality == modality and taught(a, cut, answers)])
     text = [model.tokenizer.decode([t for t in row.tolist() if t not in (-100, model.end_id)]) for row in micro.batch.targets]
     heard = [text[row] for row in micro.rows["counterfactual_ce"][::2]]
     assert heard == [f"I hear {a.clip.heard}." for a in asks[::2]]
@@ -98,7 +107,8 @@ def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, mode
     asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2)
     answers = {}
     micro = make_micro(model, asks, clips.root, plan, answers, 6)
-    hear = [a for a in asks if a.modality == "hear"]
+    hear = [a for a in asks if a.modality == "hear" and taught(a, plan.teacher_cut.value, answers)]
+    assert len(hear) < 4  # the random model answers otherwise under the cut in one factual cell at least, so that there is something to leave out
     cut = (parse_cut(plan.teacher_cut.value),)
     own = [model.sequence(model.media(a.clip, clips.root), a.question, "") for a in hear]
     own = [
@@ -119,7 +129,7 @@ def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, mode
     assert torch.equal(said.argmax(-1)[mask], batch.targets[mask])
     student = model.forward(micro.batch)
     terms = loss_terms(student, micro)
-    by_hand = knockout_distillation(expected, student[micro.rows["distillation"]][:, : mask.shape[1]], mask)
+    by_hand = knockout_distillation(expected, student[micro.rows["distillation"]][:, : mask.shape[1]], mask) * len(hear) / 4
     torch.testing.assert_close(terms["distillation"], by_hand, atol=1e-5, rtol=1e-4)
     assert all(p.requires_grad for _, p in model.trainable_parameters())
 
@@ -131,9 +141,20 @@ def test_known_answers_are_not_generated_again(clips, config, plan, model, monke
     monkeypatch.setattr(type(model), "generate_ids", None)
     again = make_micro(model, asks, clips.root, plan, answers, 6)
     assert all(torch.equal(first.teacher[t], again.teacher[t]) for t in first.teacher)
-    assert len(answers) == len({(a.clip.id, a.question) for a in asks}) + len(
-        {(a.clip.id, a.question) for a in asks if a.clip.condition == "factual"}
-    )
+    factual = {(a.clip.id, a.question) for a in asks if a.clip.condition == "factual"}
+    assert len(answers) == len({(a.clip.id, a.question) for a in asks}) + len(factual)
+
+
+def test_a_term_with_nothing_to_teach_is_zero(clips, factual_config, plan, model):
+    """On factual clips every answer may be changed by the cut; then the term is 0 and so is its gradient."""
+    asks = share(sample_step(clips, factual_config, plan, 0), 0, 1, 0, 2)
+    plan.counterfactual_ce = plan.mirror = Choice(0.0, "")
+    answers = {(a.clip.id, a.question, cut): [5 + len(cut)] for a in asks for cut in (plan.teacher_cut.value, "")}
+    micro = make_micro(model, asks, clips.root, plan, answers, 6)
+    logits = model.forward(micro.batch).requires_grad_()
+    terms = loss_terms(logits, micro)
+    assert micro.rows["distillation"] == [] and terms["distillation"].item() == 0.0
+    assert torch.autograd.grad(terms["distillation"], logits)[0].abs().max() == 0.0
 
 
 def test_a_cut_into_the_media_gets_a_prefix_of_its_own(clips, config, plan, model):

@@ -147,7 +147,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--schedule.grids", "3", "--schedule.accumulate", "2"], "equally large"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--lora.layers", "7"], "the model has layers 0 to 2"),
         (["--loss.require-bias"], "show no bias"),
@@ -157,6 +156,12 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_1(arguments, extra, mess
     assert main([*arguments, *extra]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_flags_that_do_not_go_together_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--schedule.grids", "3", "--schedule.accumulate", "2"])
+    assert stopped.value.code not in (0, None) and "equally large" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_learning_rate_by_hand():

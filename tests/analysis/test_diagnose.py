@@ -1,0 +1,128 @@
+"""The whole diagnosis on a small model: what is asked for is there, the same seed gives the same findings, batches change nothing."""
+
+import dataclasses
+import math
+
+import pytest
+
+from analysis.compare import compare
+from analysis.diagnose import DiagnoseSettings, SettingsError, choose, diagnose
+from analysis.findings import Findings
+from data.clips import DataError
+from models import SITES, load_model
+
+SMALL = DiagnoseSettings(
+    counterfactual=12, factual=6, alone=4, grids=4, shift=6, knockout=6, knockout_factual=2, knockout_media=2, knockout_width=2, probe_folds=3,
+    probe_random=True, max_new_tokens=10, draws=50, batch=7,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def findings(model, clips):
+    return diagnose(model, clips, SMALL, "test", progress=False)
+
+
+def test_everything_asked_for_is_there(findings, model, clips):
+    assert (findings.split, findings.n_layers, findings.data_hash) == ("test", 3, clips.data_hash)
+    assert (findings.model, findings.base) == (model.path, model.base_path)
+    n = {
+        "counterfactual": 12,
+        "factual": 6,
+        "audio_only": 4,
+        "video_only": 4,
+        "unseen_factual": 6,
+        "unseen_counterfactual": len(clips.select("unseen", "counterfactual")),
+    }
+    assert {(f.condition, f.question): f.audio.n for f in findings.following} == {(c, m): count for c, count in n.items() for m in ("hear", "see")}
+    assert [(r.question, r.shortcut.n) for r in findings.reliance] == [("hear", 4), ("see", 4)]
+    assert len(findings.flow) == 2 * 3 * 2 and {f.mass["video"][0].n for f in findings.flow} == {12, 6}
+    assert len(findings.lens) == 6 and all(len(x.hit) == 4 and x.hit[0].n == 12 for x in findings.lens)
+    assert len(findings.probes) == 6 and all(len(p.accuracy) == 4 and p.random_weights is not None for p in findings.probes)
+    assert findings.latent is not None
+    assert {(s.condition, s.tokens) for s in findings.shift} == {
+        (c, t) for c in ("factual", "counterfactual") for t in ("all", "audio_event", "visual", "rest", "first_event")
+    }
+    assert {e.site for e in findings.knockout} == set(SITES)
+    for e in findings.knockout:
+        cuts_media = e.site in ("video->audio", "audio->video")
+        assert e.delta_logprob.n == (2 if cuts_media or e.condition == "factual" else 6)
+        if e.family == "from" and e.site in SMALL.knockout_curves:
+            assert e.audio.n == e.delta_logprob.n
+    assert any(e.audio for e in findings.knockout if e.site == "audio->emitters")
+    assert len(findings.samples) == 2 * sum(n.values())
+    assert all(s.answer == s.answer.strip() for s in findings.samples)
+
+
+def test_findings_survive_the_disk(findings, tmp_path):
+    findings.save(tmp_path / "f.json")
+    assert Findings.load(tmp_path / "f.json") == findings
+
+
+def test_settings_that_move_scores_are_stated(findings, model):
+    settings = findings.settings
+    assert settings["questions"] == {"hear": "What do you hear?", "see": "What do you see?"}
+    assert settings["system_prompt"] == model.system_prompt and settings["dtype"] == "float32" and settings["seed"] == 0
+    assert settings["versions"]["torch"] and settings["processor"]["video_processor"]["size"]
+    assert settings["subset"].startswith("6 of 12 factual and 12 of")
+
+
+def test_the_same_seed_gives_the_same_findings(findings, model_folder, clips):
+    again = diagnose(load_model(model_folder), clips, SMALL, "test", progress=False)
+    assert dataclasses.asdict(again) == dataclasses.asdict(findings)
+
+
+def test_batches_change_nothing(findings, model, clips):
+    other = diagnose(model, clips, dataclasses.replace(SMALL, batch=3, suffix_batch=5), "test", progress=False)
+    assert [dataclasses.astuple(s) for s in sorted(other.samples, key=repr)] == [dataclasses.astuple(s) for s in sorted(findings.samples, key=repr)]
+    changes = compare(findings, other).changes
+    assert len(changes) > 500
+    for change in changes:
+        for bound in ("value", "low", "high"):
+            a, b = getattr(change.before, bound), getattr(change.after, bound)
+            assert (a is None) == (b is None) and (a is None or math.isclose(a, b, abs_tol=5e-5)), change
+
+
+def test_subsets_are_nested_and_follow_the_seed(clips):
+    small, large = (choose(clips, "test", DiagnoseSettings(counterfactual=n, factual=n, grids=n)) for n in (4, 8))
+    for a, b in zip(small, large, strict=True):
+        assert [x.id for x in a] == [x.id for x in b][:4]
+    assert {c.id for c in small.counterfactual} == {name for g in small.grids[:2] for name in (g.ox, g.xo)}
+    other = choose(clips, "test", DiagnoseSettings(counterfactual=8, factual=8, grids=8, seed=1))
+    assert [c.id for c in other.counterfactual] != [c.id for c in large.counterfactual]
+    everything = choose(clips, "test", DiagnoseSettings(grids=None))
+    assert len(everything.counterfactual) == len(clips.select("test", "counterfactual")) and len(everything.factual) == 12
+
+
+def test_quick_is_following_and_reliance_only(model, clips):
+    found = diagnose(model, clips, DiagnoseSettings.quick(6, max_new_tokens=10, draws=20), "selection", progress=False)
+    assert {f.condition for f in found.following} == {"factual", "counterfactual"} and len(found.reliance) == 2
+    assert not (found.flow or found.lens or found.probes or found.shift or found.knockout) and found.latent is None
+    assert any("Not measured: flow, lens, probes, token shift, knockout" in s for s in found.left_out)
+
+
+def test_grids_beyond_the_clips_asked_about_are_still_scored(model, clips):
+    settings = DiagnoseSettings.quick(2, grids=3, max_new_tokens=4, draws=20)
+    found = diagnose(model, clips, settings, "test", progress=False)
+    assert found.reliance[0].shortcut.n == 3 and found.following_rate("factual", "hear").audio.n == 2
+
+
+def test_without_a_base_the_findings_say_so(model_folder, clips):
+    model = load_model(model_folder)
+    model.base_path = None
+    settings = DiagnoseSettings.quick(4, shift=2, max_new_tokens=10, draws=20)
+    found = diagnose(model, clips, settings, "test", progress=False)
+    assert found.base is None and found.shift and any("proxy is the same model without its sound" in s for s in found.left_out)
+
+
+def test_a_split_without_clips_is_refused(model, clips):
+    with pytest.raises(DataError, match="no factual or counterfactual clips of the split 'test'"):
+        diagnose(model, clips, DiagnoseSettings(counterfactual=0, factual=0), "test", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"batch": 0}, "batch"), ({"factual": -1}, "factual is -1"), ({"knockout_sites": ("x",)}, "names x"), ({"probe_folds": 1}, "probe_folds")],
+)
+def test_settings_are_checked(change, message):
+    with pytest.raises(SettingsError, match=message):
+        DiagnoseSettings(**change)
