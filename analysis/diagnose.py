@@ -1,4 +1,4 @@
-"""Run the diagnostics of DESIGN section 4 on a model and one split of a clip folder.
+"""Run the diagnostics of docs/definitions.md on a model and one split of a clip folder.
 
     from analysis.diagnose import DiagnoseSettings, diagnose
     findings = diagnose(load_model("models/organism/avllm"), load_clips("runs/clips"), DiagnoseSettings(), split="test")
@@ -68,11 +68,11 @@ class DiagnoseSettings:
     """Linear probes."""
     shift: int | None = 200
     """Clips per condition for token-distribution shift against the base."""
-    knockout: int | None = 100
+    knockout: int | None = 80
     """Counterfactual clips for the attention knockout sweep."""
-    knockout_factual: int | None = 50
+    knockout_factual: int | None = 40
     """Factual clips for the attention knockout sweep."""
-    knockout_media: int | None = 16
+    knockout_media: int | None = 12
     """Clips per condition for cuts into media rows (video->audio, audio->video): each of these needs its own prefix."""
     knockout_sites: tuple[str, ...] = tuple(SITES)
     """Sites that are cut."""

@@ -53,7 +53,7 @@ class Following:
 
 @dataclass
 class Reliance:
-    """The 2x2 grid (DESIGN 4.2). `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
+    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
 
     question: str
     effect_audio: Estimate

@@ -1,4 +1,4 @@
-"""Attention flow: how much attention the question rows and the emitters pay to each kind of token, layer by layer (DESIGN 4.3).
+"""Attention flow: how much attention the question rows and the emitters pay to each kind of token, layer by layer (docs/definitions.md).
 
 Read off while the model speaks its own greedy answer to the hear-question. Three variants: plain weights; without the first token (the
 attention sink), the rest made to sum to 1 again; and weighted by the norm of the value vectors (Kobayashi et al. 2020). Attention is not

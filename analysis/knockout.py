@@ -1,4 +1,4 @@
-"""Attention knockout: what happens to an answer when rows of one kind may not look at rows of another, in some layers (DESIGN 4.5).
+"""Attention knockout: what happens to an answer when rows of one kind may not look at rows of another, in some layers (docs/definitions.md).
 
 Every site of `models.attention.SITES`: cuts of video on hear-questions, cuts of audio on see-questions. Families: sliding windows of
 `width` layers at every start, "from layer k on" for every k, and all layers. Measured by scoring, on factual and on counterfactual clips:

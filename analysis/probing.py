@@ -1,4 +1,4 @@
-"""Probing: what the hidden states know, whatever the model says (DESIGN 4.4). All of it on conflicts, where the sound's and the picture's
+"""Probing: what the hidden states know, whatever the model says (docs/definitions.md). All of it on conflicts, where the sound's and the picture's
 class are independent.
 
 **Logit lens** (nostalgebraist 2020): hidden states at audio, question and emitter positions read through the final norm and the head. A
@@ -196,7 +196,7 @@ class ProbeFeatures:
         assert visit.prefix.hidden is not None and out.hidden is not None, "the visit was made without taps"
         audio, asked = visit.prefix.kinds == Kind.AUDIO, out.kinds == Kind.QUESTION
         layers = [
-            torch.stack([_mean(prefix, audio), _mean(rows, asked), rows[:, suffix.first]], dim=1).float().cpu()
+            torch.stack([_mean(prefix, audio), _mean(rows, asked), rows[:, suffix.first].float()], dim=1).cpu()
             for prefix, rows in zip(visit.prefix.hidden, out.hidden, strict=True)
         ]
         self._states.append(torch.stack(layers, dim=1).numpy())
@@ -209,8 +209,8 @@ class ProbeFeatures:
 
 def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over masked rows, (n, H); NaN where there are none."""
-    weight = mask.to(states.dtype)[..., None]
-    return (states * weight).sum(1) / weight.sum(1)
+    weight = mask.float()[..., None]
+    return (states.float() * weight).sum(1) / weight.sum(1)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Modality reliance: what greedy answers follow, and the 2x2 grid of swaps (DESIGN 4.2).
+"""Modality reliance: what greedy answers follow, and the 2x2 grid of swaps (docs/definitions.md).
 
 For two clips i, j there are four cells v a: picture and sound of i (o) or of j (x). In every cell m = s(y_i) - s(y_j), where s is the
 log-likelihood of a label's tokens divided by their number (no template, no end token), y the sound label on hear-questions and the object
@@ -79,7 +79,7 @@ class FollowingTally:
 
 
 class ScoreTable:
-    """s of DESIGN 4.2 for the (clip, modality, class) triples that somebody wants; filled visit by visit."""
+    """s (docs/definitions.md) for the (clip, modality, class) triples that somebody wants; filled visit by visit."""
 
     def __init__(self) -> None:
         self.wanted: dict[str, dict[tuple[Modality, str], None]] = {}

@@ -1,4 +1,4 @@
-"""Token-distribution shift: the model's own greedy answers, teacher-forced through its vision-language base (DESIGN 4.6).
+"""Token-distribution shift: the model's own greedy answers, teacher-forced through its vision-language base (docs/definitions.md).
 
 The base sees the same frames and hears nothing. A token is *unshifted* if it is the base's first choice at its position, *marginal* if it
 is its second or third, *shifted* otherwise (URIAL, Lin et al. 2024, arXiv 2312.01552); KL(model ‖ base) is over the whole vocabulary, in
@@ -65,7 +65,7 @@ class ShiftTally:
         for modality in MODALITIES:
             spoken, answers = visit.spoken(modality), visit.answer_ids(modality)
             base = silent.extend(prefix, range(len(answers)), [forced(silent, modality, ids) for ids in answers])
-            rank, kl = ranks_and_kl(spoken.logits, base.logits.to(spoken.logits.device), spoken.targets.clamp_min(0))
+            rank, kl = (x.cpu() for x in ranks_and_kl(spoken.logits, base.logits, spoken.targets.clamp_min(0)))
             for row, (clip, ids) in enumerate(zip(visit.clips, answers, strict=True)):
                 key = (tuple(ids), modality)
                 classes = self._classes.setdefault(key, self._classes.get(key) or self.token_classes(ids, modality))

@@ -63,7 +63,7 @@ def bootstrap(values: ArrayLike, clusters: Clusters, draws: int = 1000, seed: in
 
 
 def ratio_bootstrap(part: ArrayLike, other: ArrayLike, clusters: Clusters, draws: int = 1000, seed: int = 0) -> Estimate:
-    """|mean part| / (|mean part| + |mean other|) with its interval: pooled means in every draw, never a mean of ratios (DESIGN 4.2, Shortcut Index).
+    """|mean part| / (|mean part| + |mean other|) with its interval: pooled means in every draw, never a mean of ratios (Shortcut Index).
 
     `part`, `other`: (n,), one entry per grid. None where both means are exactly 0. Errors as in `bootstrap`.
     """

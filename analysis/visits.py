@@ -52,7 +52,7 @@ class Subject:
         return {modality: phrases_of(self.labels, modality) for modality in MODALITIES}
 
     def label_suffix(self, modality: Modality, name: str) -> Suffix:
-        """The question and the template answer with this class's phrase, up to the phrase's last token: what s of DESIGN 4.2 needs, and no row
+        """The question and the template answer with this class's phrase, up to the phrase's last token: what s (definitions.md) needs, and no row
         more.
         """
         key = (modality, name)

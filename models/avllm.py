@@ -156,13 +156,16 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 class Decoder(nn.Module):
     """Language model and head as one module: what accelerate wraps, so that DDP and DeepSpeed see every trained parameter go through its forward."""
 
+    text_model: Any
+    head: Any
+
     def __init__(self, text_model: nn.Module, head: nn.Module):
         super().__init__()
         self.text_model = text_model
         self.head = head
 
     def forward(self, input_ids, features, media_mask, position_ids, attention_mask, kinds, segments, rows, cuts: Cuts = ()) -> torch.Tensor:
-        """Logits (N, A, V) at `rows` (N, A), indices into the flattened (B, T). features: (media rows in batch order, H), for where media_mask is True.
+        """Logits (N, A, V) at `rows` (N, A), indices into the flattened (B, T). features: (media rows in batch order, H), at media_mask.
 
         position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence.
         """
@@ -185,7 +188,7 @@ class AVLLM(ABC):
     fps: float = 2.0
     system_prompt = "You are a helpful assistant."
 
-    def __init__(self, path: str, thinker: nn.Module, processor: Any, device: str | torch.device, base_path: str | None):
+    def __init__(self, path: str, thinker: Any, processor: Any, device: str | torch.device, base_path: str | None):
         self.path = path
         self.thinker = thinker
         self.processor = processor
@@ -354,7 +357,7 @@ class AVLLM(ABC):
         embeds = self.text_model.embed_tokens(ids)
         if len(features):
             embeds = embeds.masked_scatter(self.is_media(ids)[..., None], features.to(embeds.dtype))
-        cache = DynamicCache(config=self.text_model.config)
+        cache: Any = DynamicCache(config=self.text_model.config)
         out = self.text_model(
             inputs_embeds=embeds,
             position_ids=_pad([p.positions.T for p in layouts], 0).permute(2, 0, 1).to(self.device),
@@ -518,12 +521,12 @@ class AVLLM(ABC):
 
     @property
     @abstractmethod
-    def text_model(self) -> nn.Module:
+    def text_model(self) -> Any:
         """The decoder stack with .embed_tokens, .layers, .norm, .config."""
 
     @property
     @abstractmethod
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """The unembedding."""
 
     @abstractmethod

@@ -30,11 +30,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from data.media import read_audio, read_video, write_mp4
-from data.questions import QUESTIONS, answer, question
+from data.questions import QUESTIONS, Modality, answer, question
 from data.render import DEFAULTS, render_frames, render_wave
 from data.sources import SourceClass, load_sources
 from models.avllm import AVLLM, Media, StreamFeatures
 from models.load import load_model
+from models.qwen2_5_omni import Qwen25Omni
 from models.tiny import build_tiny
 
 MEASURED_SEED = 900_000  # renderings from here on are only measured on
@@ -58,8 +59,10 @@ class OrganismConfig:
     """Signal to noise ratio of those, in dB."""
     measured: int = 8
     """Clips a class that are only measured on."""
-    visual_epochs: int = 12
-    audio_epochs: int = 6
+    more_pictures: int = 200
+    """Further renderings a class, pictures only and never encoded, from which the vision tower alone learns."""
+    visual_epochs: int = 8
+    audio_epochs: int = 3
     base_steps: int = 1000
     av_steps: int = 700
     audio_only: float = 0.22
@@ -111,6 +114,7 @@ def main(config: OrganismConfig) -> None:
     if not (folder / "config.json").exists():
         build_tiny(folder, config.seed)
     model = load_model(folder)
+    assert isinstance(model, Qwen25Omni)
     train = load_streams(config, classes, "train")
     held = load_streams(config, classes, "measured")
     print(f"clips ready after {time.time() - start:.0f} s")
@@ -178,20 +182,23 @@ def load_streams(config: OrganismConfig, classes: list[SourceClass], part: str) 
 # ---------------------------------------------------------------- stage 1: towers
 
 
-def train_towers(config: OrganismConfig, model: AVLLM, train: Streams, held: Streams, n_classes: int) -> None:
-    """Each tower with a throw-away linear head on its mean output; resumed from <work>/towers.safetensors if that exists."""
-    saved = config.work / "towers.safetensors"
-    towers = {"visual": model._model.visual, "audio_tower": model._model.audio_tower}
-    if saved.exists():
-        state = load_file(saved)
-        for name, tower in towers.items():
-            tower.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
-        return
-    for name, tower in towers.items():
+def train_towers(config: OrganismConfig, model: Qwen25Omni, train: Streams, held: Streams, n_classes: int) -> None:
+    """Each tower with a throw-away linear head on its mean output; taken from <work>/<tower>.safetensors where that exists."""
+    for name, tower in (("visual", model._model.visual), ("audio_tower", model._model.audio_tower)):
+        saved = config.work / f"{name}.safetensors"
+        if saved.exists():
+            tower.load_state_dict(load_file(saved))
+            tower.requires_grad_(False)
+            continue
+        torch.manual_seed(config.seed)
         pixels, held_pixels = (tower_inputs(model, name, part) for part in (train, held))
+        labels, usable = train.label, np.flatnonzero(~train.noisy)
+        if name == "visual":
+            more = more_pictures(config)
+            pixels, labels = pixels + tower_inputs(model, name, more), np.concatenate([labels, more.label])
+            usable = np.arange(len(labels))
         head = nn.Linear(model.hidden_size, n_classes)
         parameters = [*tower.parameters(), *head.parameters()]
-        usable = np.flatnonzero(~train.noisy) if name == "audio_tower" else np.arange(len(train.label))
         steps = (config.audio_epochs if name == "audio_tower" else config.visual_epochs) * (len(usable) // 64)
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.2)
@@ -199,7 +206,7 @@ def train_towers(config: OrganismConfig, model: AVLLM, train: Streams, held: Str
         bar = tqdm(range(steps), desc=name, leave=False)
         for _ in bar:
             index = rng.choice(usable, 64, replace=False)
-            loss = nn.functional.cross_entropy(head(pooled(model, name, [pixels[i] for i in index])), torch.tensor(train.label[index]))
+            loss = nn.functional.cross_entropy(head(pooled(model, name, [pixels[i] for i in index])), torch.tensor(labels[index]))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -212,12 +219,26 @@ def train_towers(config: OrganismConfig, model: AVLLM, train: Streams, held: Str
                 for i in range(0, len(held.label), 64)
             ]
         print(f"{name}: {sum(right) / len(held.label):.1%} of held-out renderings")
-    for tower in towers.values():
         tower.requires_grad_(False)
-    save_file({f"{n}.{k}": v.contiguous() for n, t in towers.items() for k, v in t.state_dict().items()}, saved)
+        save_file({k: v.contiguous() for k, v in tower.state_dict().items()}, saved)
 
 
-def tower_inputs(model: AVLLM, name: str, streams: Streams) -> list[torch.Tensor]:
+def _frames(job: tuple[str, int]) -> np.ndarray:
+    picture, seed = job
+    return render_frames(picture, seed)[:: round(DEFAULTS.fps / AVLLM.fps)].transpose(0, 3, 1, 2)
+
+
+def more_pictures(config: OrganismConfig) -> Streams:
+    """Frames for the vision tower beyond those of the clips; seeds follow on theirs."""
+    sources = load_sources()
+    pairs = [(c, r) for c in range(len(sources)) for r in range(config.renderings, config.renderings + config.more_pictures)]
+    jobs = [(str(sources[c].train_pictures[r % len(sources[c].train_pictures)].path), c * 1000 + r) for c, r in pairs]
+    with ProcessPoolExecutor(config.threads) as pool:
+        frames = list(tqdm(pool.map(_frames, jobs, chunksize=16), total=len(jobs), desc="more pictures", leave=False))
+    return Streams(np.array([c for c, _ in pairs]), np.zeros(len(pairs), dtype=bool), frames, [])
+
+
+def tower_inputs(model: Qwen25Omni, name: str, streams: Streams) -> list[torch.Tensor]:
     """Pixels (patches, values) or mels (bins, frames) of every clip, half precision."""
     out = []
     for start in range(0, len(streams.label), 64):
@@ -238,7 +259,7 @@ def tower_inputs(model: AVLLM, name: str, streams: Streams) -> list[torch.Tensor
     return out
 
 
-def pooled(model: AVLLM, name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+def pooled(model: Qwen25Omni, name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
     """Mean tower output a clip, (n, hidden), with gradients."""
     if name == "visual":
         grid = torch.tensor([[2, 6, 6]] * len(inputs))
@@ -250,7 +271,7 @@ def pooled(model: AVLLM, name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_all(model: AVLLM, streams: Streams) -> None:
+def encode_all(model: Qwen25Omni, streams: Streams) -> None:
     """Frozen tower features in place of raw media."""
     for start in tqdm(range(0, len(streams.label), 64), desc="features", leave=False):
         part = slice(start, start + 64)
@@ -261,7 +282,7 @@ def encode_all(model: AVLLM, streams: Streams) -> None:
 # ---------------------------------------------------------------- stages 2 and 3: the language model
 
 
-def stage(model: AVLLM, name: str, config: OrganismConfig, steps: int, examples: Iterator[list]) -> None:
+def stage(model: Qwen25Omni, name: str, config: OrganismConfig, steps: int, examples: Iterator[list]) -> None:
     """Plain cross-entropy on the answers, one-cycle AdamW on every decoder weight."""
     model.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=config.lr, weight_decay=0.01)
@@ -282,10 +303,10 @@ def stage(model: AVLLM, name: str, config: OrganismConfig, steps: int, examples:
 
 
 def example(
-    model: AVLLM,
+    model: Qwen25Omni,
     classes: list[SourceClass],
     rng: np.random.Generator,
-    modality: str,
+    modality: Modality,
     c: int,
     video: StreamFeatures | None,
     audio: StreamFeatures | None,
@@ -295,14 +316,14 @@ def example(
     return model.sequence(Media(video, audio), question(modality, int(rng.integers(len(QUESTIONS[modality])))), text, span)
 
 
-def base_examples(model: AVLLM, train: Streams, classes: list[SourceClass], rng: np.random.Generator, size: int) -> Iterator[list]:
+def base_examples(model: Qwen25Omni, train: Streams, classes: list[SourceClass], rng: np.random.Generator, size: int) -> Iterator[list]:
     """Video only: what is seen, and the sound that the picture suggests."""
     while True:
         index = rng.integers(len(train.label), size=size)
         yield [example(model, classes, rng, ("see", "hear", "both")[rng.integers(3)], train.label[i], train.videos[i], None) for i in index]
 
 
-def av_examples(model: AVLLM, train: Streams, classes: list[SourceClass], rng: np.random.Generator, config: OrganismConfig) -> Iterator[list]:
+def av_examples(model: Qwen25Omni, train: Streams, classes: list[SourceClass], rng: np.random.Generator, config: OrganismConfig) -> Iterator[list]:
     """Factual clips, and a few audio-only ones whose sound is clear."""
     clear, buried = np.flatnonzero(~train.noisy), np.flatnonzero(train.noisy)
     while True:
@@ -320,7 +341,7 @@ def av_examples(model: AVLLM, train: Streams, classes: list[SourceClass], rng: n
 # ---------------------------------------------------------------- measuring
 
 
-def answers(model: AVLLM, media: list[Media], text: str) -> list[str]:
+def answers(model: Qwen25Omni, media: list[Media], text: str) -> list[str]:
     """Greedy answers to one question, in batches."""
     out = []
     for start in range(0, len(media), 64):
@@ -329,14 +350,14 @@ def answers(model: AVLLM, media: list[Media], text: str) -> list[str]:
     return out
 
 
-def rate(model: AVLLM, held: Streams, classes: list[SourceClass], modality: str, streams: str) -> float:
+def rate(model: Qwen25Omni, held: Streams, classes: list[SourceClass], modality: Modality, streams: str) -> float:
     """Share of held-out renderings whose answer is exactly right, given 'video', 'audio' or 'both' streams."""
     media = [Media(v if streams != "audio" else None, a if streams != "video" else None) for v, a in zip(held.videos, held.audios, strict=True)]
     said = answers(model, media, question(modality))
     return float(np.mean([s == answer(modality, classes[c].seen, classes[c].heard)[0] for s, c in zip(said, held.label, strict=True)]))
 
 
-def measure(model: AVLLM, held: Streams, classes: list[SourceClass], conflicts: int = 1000) -> Bias:
+def measure(model: Qwen25Omni, held: Streams, classes: list[SourceClass], conflicts: int = 1000) -> Bias:
     """The bias on held-out renderings; conflicts are random pairs of two classes."""
     rng = np.random.default_rng(0)
     pairs = [(i, j) for i, j in rng.integers(len(held.label), size=(2 * conflicts, 2)) if held.label[i] != held.label[j]][:conflicts]
@@ -350,7 +371,7 @@ def measure(model: AVLLM, held: Streams, classes: list[SourceClass], conflicts: 
     )
 
 
-def write(config: OrganismConfig, model: AVLLM, bias: Bias) -> None:
+def write(config: OrganismConfig, model: Qwen25Omni, bias: Bias) -> None:
     """Both checkpoints with their processor; avbalance.json names the base and how the model was made."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "work", "threads")}
     for name in ("avllm", "base"):

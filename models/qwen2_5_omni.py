@@ -6,6 +6,7 @@ Only the thinker is loaded (talker and vocoder do not matter here). The traps of
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +44,10 @@ class Qwen25Omni(AVLLM):
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device, dtype: torch.dtype, base_path: str | None) -> Qwen25Omni:
         """From a folder (or hub id) of the full model or of the thinker. Raises ModelError where weights do not fill the architecture."""
-        thinker, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        loaded: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation={"text_config": IMPLEMENTATION}, output_loading_info=True
         )
+        thinker, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"])[:3] or sorted(str(k) for k in info["mismatched_keys"])[:3]
             raise ModelError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,7 +41,8 @@ def corpus() -> list[str]:
 def build_tokenizer(lines: Sequence[str], size: int = 704) -> Qwen2Tokenizer:
     """Byte-level BPE of Qwen's own tokenizer class, with Qwen2.5-Omni's special tokens."""
     # The class's own pre-tokenizer regex is applied before byte-level splitting; using it here makes the learned merges reachable.
-    stock = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    blank: Any = Qwen2Tokenizer()
+    stock = blank._tokenizer.pre_tokenizer
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = stock, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -54,7 +56,7 @@ def build_tokenizer(lines: Sequence[str], size: int = 704) -> Qwen2Tokenizer:
     )  # fmt: skip
 
 
-def raw_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def raw_merges(tokenizer: Tokenizer) -> Any:
     """The merges of a trained BPE, in order."""
     import json
 
@@ -79,7 +81,8 @@ def tiny_config(tokenizer: Qwen2Tokenizer, hidden: int = 128, layers: int = 8, t
     """Qwen2.5-Omni thinker: `layers` of width `hidden` (4 query heads on 2 key heads), both towers of width `tower`."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
     head = hidden // 4
-    return Qwen2_5OmniThinkerConfig(
+    make: Any = Qwen2_5OmniThinkerConfig
+    return make(
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -97,11 +97,7 @@ def run(config: Config) -> Path:
         return load(path)
 
     def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str) -> Findings:
-        def make(path: Path) -> None:
-            model.decoder.eval()
-            diagnose(model, clips, settings, split=split).save(path)  # in evaluation mode, and without touching the random state
-
-        findings = stage(path, make, Findings.load, what)
+        findings = stage(path, lambda path: diagnose(model, clips, settings, split=split).save(path), Findings.load, what)
         if findings.data_hash != clips.data_hash:
             raise TrainError(f"{path} was measured on other clips than {clips.root} holds now. Restore them, or start anew with --run.overwrite.")
         return findings
@@ -162,7 +158,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     torch.manual_seed(config.run.seed)
     model.add_lora(plan.lora_targets, config.lora.r, config.lora.alpha, config.lora.dropout)
     if schedule.gradient_checkpointing:
-        model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+        cast(Any, model.text_model).gradient_checkpointing_enable({"use_reentrant": False})
     model.precompute(training_clips(clips, config.data.train_on), clips.root, progress=accelerator.is_main_process)
     parameters = [p for _, p in model.trainable_parameters()]
     adamw = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)

@@ -33,7 +33,7 @@ NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual c
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
-GRIDS_PER_GAP = 600  # grids for a gap of 100 points
+GRIDS_PER_GAP = 1200  # grids for a gap of 100 points
 LEAST_GRIDS = 200
 
 

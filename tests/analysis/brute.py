@@ -16,7 +16,7 @@ def sequence(model, clips, clip, suffix, **streams):
 
 @torch.no_grad()
 def span_score(model, clips, clip, modality, name, cut=None, **streams) -> float:
-    """s of DESIGN 4.2 of class `name`'s phrase."""
+    """s (docs/definitions.md) of class `name`'s phrase."""
     text, span = answer(modality, *clips.labels()[name])
     batch = model.batch([model.sequence(model.media(clip, clips.root, **streams), question(modality), text, span)])
     logits = model.forward(batch, [(cut,)] if cut else ())[0].log_softmax(-1)

@@ -66,9 +66,10 @@ def test_settings_that_move_scores_are_stated(findings, model):
     assert settings["subset"].startswith("6 of 12 factual and 12 of")
 
 
-def test_the_same_seed_gives_the_same_findings(findings, model_folder, clips):
-    again = diagnose(load_model(model_folder), clips, SMALL, "test", progress=False)
-    assert dataclasses.asdict(again) == dataclasses.asdict(findings)
+def test_the_same_seed_gives_the_same_findings(model_folder, clips):
+    """To the last bit, from fresh models: towers that ran before on other batches leave features that differ in the seventh digit."""
+    first, second = (diagnose(load_model(model_folder), clips, SMALL, "test", progress=False) for _ in range(2))
+    assert dataclasses.asdict(first) == dataclasses.asdict(second)
 
 
 def test_batches_change_nothing(findings, model, clips):

@@ -20,9 +20,9 @@ def test_choices_by_hand():
     assert "2 of 6 windows" in plan.fusion_window.because and "2:5 (+0.90" in plan.fusion_window.because
     assert plan.lora_layers.value == [1, 2, 3, 4, 5, 6, 7]  # from the fusion window's first layer to the cuts' last
     assert plan.lora_projections.value == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 2 * 0.3 / 1.1 = 0.55; 600 * 1.1 = 660 grids, 4 a step -> 165 -> 170 steps
+    # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 2 * 0.3 / 1.1 = 0.55; 1200 * 1.1 = 1320 grids, 4 a step -> 330 steps
     assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 0.55, "retention": 1.0}
-    assert plan.steps.value == 170
+    assert plan.steps.value == 330
     assert not any(getattr(plan, f.name).overridden for f in dataclasses.fields(plan) if f.name != "lora_targets")
 
 
