@@ -123,13 +123,17 @@ class Report:
     """What to call each of the findings; by default the file's name."""
     plan: Path | None = None
     """plan.json of a training run."""
+    figure: Path | None = None
+    """Also write the page's first figure on its own, as SVG."""
 
     def run(self, console: Console) -> None:
         """Load, draw, write."""
         from analysis.compare import compare, differences
-        from analysis.report import write_report
+        from analysis.report import headline_figure, write_report
 
         _writable(self.out)
+        if self.figure is not None and self.figure.suffix != ".svg":
+            raise UsageError(f"{self.figure}: the figure is an SVG; name a file that ends in .svg.")
         if not self.findings:
             raise UsageError("report needs at least one findings file; `python -m analysis diagnose` writes one.")
         names = self.names or tuple(path.stem for path in self.findings)
@@ -146,6 +150,10 @@ class Report:
         comparison = compare(*ends) if len(loaded) > 1 and not differences(*ends) else None
         write_report(self.out, list(zip(names, loaded, strict=True)), self.clips, plan, comparison)
         console.print(f"The page is in {self.out}.")
+        if self.figure is not None:
+            _writable(self.figure)
+            headline_figure(self.figure, list(zip(names, loaded, strict=True)))
+            console.print(f"The figure is in {self.figure}.")
 
 
 Command = Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]

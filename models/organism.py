@@ -59,10 +59,10 @@ class OrganismConfig:
     """Signal to noise ratio of those, in dB."""
     measured: int = 8
     """Clips a class that are only measured on."""
-    more_pictures: int = 200
+    more_pictures: int = 0
     """Further renderings a class, pictures only and never encoded, from which the vision tower alone learns."""
-    visual_epochs: int = 8
-    audio_epochs: int = 3
+    visual_epochs: int = 12
+    audio_epochs: int = 6
     base_steps: int = 1000
     av_steps: int = 700
     audio_only: float = 0.22
@@ -193,7 +193,7 @@ def train_towers(config: OrganismConfig, model: Qwen25Omni, train: Streams, held
         torch.manual_seed(config.seed)
         pixels, held_pixels = (tower_inputs(model, name, part) for part in (train, held))
         labels, usable = train.label, np.flatnonzero(~train.noisy)
-        if name == "visual":
+        if name == "visual" and config.more_pictures:
             more = more_pictures(config)
             pixels, labels = pixels + tower_inputs(model, name, more), np.concatenate([labels, more.label])
             usable = np.arange(len(labels))

@@ -173,7 +173,7 @@ class SchedulePart:
 class DiagnosisPart:
     """What is measured on which split. The settings of each are those of `python -m analysis diagnose`."""
 
-    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, knockout=120, knockout_factual=120))
+    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, knockout=80, knockout_factual=60))
     """On the plan split: what the plan is made from."""
     selection: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120))
     """On the selection split: what each checkpoint is judged by."""
