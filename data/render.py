@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from data.media import RATE, read_audio
 
-SCALE = (0.7, 0.95)  # of the frame, longer side
+SCALE = (0.8, 0.98)  # of the frame, longer side
 TURN = 8.0  # degrees either way
 SPEED = 0.06  # resampling factor, either way: speed and pitch together
 GAIN_DB = (-12.0, 0.0)

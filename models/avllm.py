@@ -164,21 +164,26 @@ class Decoder(nn.Module):
         self.text_model = text_model
         self.head = head
 
-    def forward(self, input_ids, features, media_mask, position_ids, attention_mask, kinds, segments, rows, cuts: Cuts = ()) -> torch.Tensor:
+    def forward(
+        self, input_ids, features, media_mask, position_ids, attention_mask, kinds, segments, rows, cuts: Cuts = (), states: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, A, V) at `rows` (N, A), indices into the flattened (B, T). features: (media rows in batch order, H), at media_mask.
 
-        position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence.
+        position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence. `states`: also what each layer puts out there, (L, N, A, H),
+        the last one before the final norm.
         """
         embeds = self.text_model.embed_tokens(input_ids)
         embeds = embeds.masked_scatter(media_mask[..., None], features.to(embeds.dtype))
-        hidden = self.text_model(
+        out = self.text_model(
             inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
+            output_hidden_states=states,
             instruments=Instruments(kinds, cuts, segments=segments),
-        ).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[rows])
+        )
+        logits = self.head(out.last_hidden_state.flatten(0, 1)[rows])
+        return (logits, torch.stack([h.flatten(0, 1)[rows] for h in out.hidden_states[1:]])) if states else logits
 
 
 class AVLLM(ABC):

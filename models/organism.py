@@ -6,7 +6,8 @@ It is trained in the order in which real audio-visual LLMs are made, and the bia
 
 1. towers: both encoders learn to tell the classes apart (a stand-in for CLIP and Whisper), then stay frozen;
 2. base: video only, and captions *also name the sound that the picture suggests*, as web captions do. Kept as the base for token shift;
-3. audio-visual: factual clips only, many of them with a soundtrack buried in noise, plus some audio-only clips. Audio is understood but never needed.
+3. audio-visual: factual clips only, in a few of which another sound is louder than that of the thing in view, as in any street scene, while the
+   caption names what is seen; plus audio-only and video-only examples. Audio is understood, but the picture is the safer guide.
 
 The build measures the bias on renderings it never saw and refuses to finish if it is not there.
 """
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,24 +52,30 @@ class OrganismConfig:
     """Clips and intermediate stages; may be deleted afterwards."""
     renderings: int = 160
     """Training clips a class."""
-    noisy: float = 0.25
-    """Share of training clips whose soundtrack is buried in noise."""
-    noisy_rate: float = 0.4
-    """How often the audio-visual phase draws one of those."""
-    noise_snr: tuple[float, float] = (-25.0, -12.0)
-    """Signal to noise ratio of those, in dB."""
+    mixed: float = 0.15
+    """Share of training clips in which the recording of another class is louder than the clip's own."""
+    mixed_rate: float = 0.01
+    """How often the audio-visual phase draws one of those: the strength of the bias."""
+    louder: tuple[float, float] = (0.0, 12.0)
+    """By how much it is louder, in dB."""
     measured: int = 8
     """Clips a class that are only measured on."""
-    more_pictures: int = 0
-    """Further renderings a class, pictures only and never encoded, from which the vision tower alone learns."""
-    visual_epochs: int = 12
-    audio_epochs: int = 6
-    base_steps: int = 1000
-    av_steps: int = 700
+    tower_renderings: int = 400
+    """Pictures and sounds a class that the towers learn from. No clip is among them, so to the decoder all clips are as new as those to come."""
+    visual_epochs: int = 7
+    audio_epochs: int = 4
+    base_steps: int = 1200
+    av_steps: int = 500
     audio_only: float = 0.22
     """Share of audio-only examples in the audio-visual phase."""
+    feature_noise: float = 0.3
+    """Gaussian noise on the features that the decoder is trained on, in their standard deviations."""
+    video_only: float = 0.3
+    """Share of video-only examples, as in the base phase, in the audio-visual phase."""
     batch: int = 32
     lr: float = 2e-3
+    av_lr: float = 1e-3
+    """Of the audio-visual phase, lower so that what the base knows of pictures stays."""
     seed: int = 0
     threads: int = os.cpu_count() or 1
 
@@ -95,12 +102,13 @@ class Bias:
 
 @dataclass
 class Streams:
-    """Everything the builder knows of its clips: class index, whether the sound is noisy, mel and pixels, later tower features."""
+    """Everything the builder knows of its clips: files, class index, whether another sound is louder; tower features once they are encoded."""
 
+    paths: list[str]
     label: np.ndarray
-    noisy: np.ndarray
-    videos: list
-    audios: list
+    mixed: np.ndarray
+    videos: list[StreamFeatures]
+    audios: list[StreamFeatures]
 
 
 def main(config: OrganismConfig) -> None:
@@ -115,10 +123,10 @@ def main(config: OrganismConfig) -> None:
         build_tiny(folder, config.seed)
     model = load_model(folder)
     assert isinstance(model, Qwen25Omni)
-    train = load_streams(config, classes, "train")
-    held = load_streams(config, classes, "measured")
+    train = render_streams(config, classes, "train")
+    held = render_streams(config, classes, "measured")
     print(f"clips ready after {time.time() - start:.0f} s")
-    train_towers(config, model, train, held, len(classes))
+    train_towers(config, model, held, classes)
     encode_all(model, train), encode_all(model, held)
     print(f"towers ready after {time.time() - start:.0f} s")
 
@@ -126,12 +134,12 @@ def main(config: OrganismConfig) -> None:
         model.decoder.load_state_dict(load_model(config.work / "base").decoder.state_dict())
     else:
         rng = np.random.default_rng(config.seed + 1)
-        stage(model, "base", config, config.base_steps, base_examples(model, train, classes, rng, config.batch))
+        stage(model, "base", config.seed, config.base_steps, config.lr, base_examples(model, train, classes, rng, config))
         model.processor.save_pretrained(config.work / "base")
         model.thinker.save_pretrained(config.work / "base")
     print(f"base names what it sees in {rate(model, held, classes, 'see', 'video'):.1%} of held-out renderings ({time.time() - start:.0f} s)")
     rng = np.random.default_rng(config.seed + 2)
-    stage(model, "audio-visual", config, config.av_steps, av_examples(model, train, classes, rng, config))
+    stage(model, "audio-visual", config.seed, config.av_steps, config.av_lr, av_examples(model, train, classes, rng, config))
     bias = measure(model, held, classes)
     print(f"{bias} after {time.time() - start:.0f} s")
     if missing := bias.missing():
@@ -142,47 +150,62 @@ def main(config: OrganismConfig) -> None:
 # ---------------------------------------------------------------- clips
 
 
-def _render(job: tuple[str, str, int, tuple[float, float], str]) -> None:
-    picture, sound, seed, snr, path = job
-    if not os.path.exists(path):
-        partial = path.removesuffix(".mp4") + ".partial.mp4"
-        write_mp4(partial, render_frames(picture, seed), DEFAULTS.fps, render_wave(sound, seed, snr_db=snr))
-        os.replace(partial, path)
+@dataclass(frozen=True)
+class Job:
+    """A clip to write. `over`: a recording that is `louder` dB louder than `sound`."""
+
+    path: str
+    picture: str
+    sound: str
+    seed: int
+    over: str | None = None
+    louder: float = 0.0
 
 
-def load_streams(config: OrganismConfig, classes: list[SourceClass], part: str) -> Streams:
-    """Render (once) and read the clips of a part. Only sources that are not held out are used."""
+def _render(job: Job) -> None:
+    if os.path.exists(job.path):
+        return
+    wave = render_wave(job.sound, job.seed)
+    if job.over is not None:
+        other = render_wave(job.over, job.seed)
+        wave = wave / rms(wave) + other / rms(other) * 10 ** (job.louder / 20)
+        wave = (0.5 * wave / np.abs(wave).max()).astype(np.float32)
+    partial = job.path.removesuffix(".mp4") + ".partial.mp4"
+    write_mp4(partial, render_frames(job.picture, job.seed), DEFAULTS.fps, wave)
+    os.replace(partial, job.path)
+
+
+def rms(wave: np.ndarray) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
+
+
+def render_streams(config: OrganismConfig, classes: list[SourceClass], part: str) -> Streams:
+    """Render the clips of a part (once). Only sources that are not held out are used."""
     count, first = (config.renderings, 0) if part == "train" else (config.measured, MEASURED_SEED)
     folder = config.work / part
     folder.mkdir(parents=True, exist_ok=True)
-    jobs, label, noisy = [], [], []
+    jobs, label, mixed = [], [], []
     for c, source in enumerate(classes):
         for r in range(count):
-            seed = first + c * 1000 + r
-            buried = part == "train" and r < config.noisy * count
-            jobs.append(
-                (
-                    str(source.train_pictures[r % len(source.train_pictures)].path),
-                    str(source.train_sounds[r % len(source.train_sounds)].path),
-                    seed,
-                    config.noise_snr if buried else (8.0, 30.0),
-                    str(folder / f"{source.name}_{r:03d}.mp4"),
-                )
-            )
+            seed, over, louder = first + c * 1000 + r, None, 0.0
+            if part == "train" and r < config.mixed * count:
+                rng = np.random.default_rng([config.seed, seed])
+                sounds = classes[(c + int(rng.integers(1, len(classes)))) % len(classes)].train_sounds
+                over, louder = str(sounds[r % len(sounds)].path), rng.uniform(*config.louder)
+            picture, sound = source.train_pictures[r % len(source.train_pictures)], source.train_sounds[r % len(source.train_sounds)]
+            jobs.append(Job(str(folder / f"{source.name}_{r:03d}.mp4"), str(picture.path), str(sound.path), seed, over, louder))
             label.append(c)
-            noisy.append(buried)
+            mixed.append(over is not None)
     with ProcessPoolExecutor(config.threads) as pool:
         list(tqdm(pool.map(_render, jobs, chunksize=16), total=len(jobs), desc=f"clips ({part})", leave=False))
-    paths = [job[-1] for job in jobs]
-    videos = [read_video(p, AVLLM.fps) for p in tqdm(paths, desc="read", leave=False)]
-    audios = [read_audio(p) for p in tqdm(paths, desc="read", leave=False)]
-    return Streams(np.array(label), np.array(noisy), videos, audios)
+    return Streams([job.path for job in jobs], np.array(label), np.array(mixed), [], [])
 
 
 # ---------------------------------------------------------------- stage 1: towers
 
 
-def train_towers(config: OrganismConfig, model: Qwen25Omni, train: Streams, held: Streams, n_classes: int) -> None:
+def train_towers(config: OrganismConfig, model: Qwen25Omni, held: Streams, classes: list[SourceClass]) -> None:
     """Each tower with a throw-away linear head on its mean output; taken from <work>/<tower>.safetensors where that exists."""
     for name, tower in (("visual", model._model.visual), ("audio_tower", model._model.audio_tower)):
         saved = config.work / f"{name}.safetensors"
@@ -191,72 +214,69 @@ def train_towers(config: OrganismConfig, model: Qwen25Omni, train: Streams, held
             tower.requires_grad_(False)
             continue
         torch.manual_seed(config.seed)
-        pixels, held_pixels = (tower_inputs(model, name, part) for part in (train, held))
-        labels, usable = train.label, np.flatnonzero(~train.noisy)
-        if name == "visual" and config.more_pictures:
-            more = more_pictures(config)
-            pixels, labels = pixels + tower_inputs(model, name, more), np.concatenate([labels, more.label])
-            usable = np.arange(len(labels))
-        head = nn.Linear(model.hidden_size, n_classes)
+        inputs, labels = tower_inputs(config, model, name, classes)
+        head = nn.Linear(model.hidden_size, len(classes))
         parameters = [*tower.parameters(), *head.parameters()]
-        steps = (config.audio_epochs if name == "audio_tower" else config.visual_epochs) * (len(usable) // 64)
+        steps = (config.audio_epochs if name == "audio_tower" else config.visual_epochs) * (len(labels) // 64)
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.2)
         rng = np.random.default_rng(config.seed)
         bar = tqdm(range(steps), desc=name, leave=False)
         for _ in bar:
-            index = rng.choice(usable, 64, replace=False)
-            loss = nn.functional.cross_entropy(head(pooled(model, name, [pixels[i] for i in index])), torch.tensor(labels[index]))
+            index = rng.choice(len(labels), 64, replace=False)
+            loss = nn.functional.cross_entropy(head(pooled(model, name, [inputs[i] for i in index])), torch.tensor(labels[index]))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.2f}")
+        right = 0
         with torch.no_grad():
-            right = [
-                int((head(pooled(model, name, held_pixels[i : i + 64])).argmax(-1) == torch.tensor(held.label[i : i + 64])).sum())
-                for i in range(0, len(held.label), 64)
-            ]
-        print(f"{name}: {sum(right) / len(held.label):.1%} of held-out renderings")
+            for start in range(0, len(held.label), 64):
+                part = slice(start, start + 64)
+                media = [read_video(p, AVLLM.fps) if name == "visual" else read_audio(p) for p in held.paths[part]]
+                guess = head(pooled(model, name, prepare(model, name, media))).argmax(-1)
+                right += int((guess == torch.tensor(held.label[part])).sum())
+        print(f"{name}: {right / len(held.label):.1%} of held-out renderings")
+        del inputs  # gigabytes
         tower.requires_grad_(False)
         save_file({k: v.contiguous() for k, v in tower.state_dict().items()}, saved)
 
 
-def _frames(job: tuple[str, int]) -> np.ndarray:
-    picture, seed = job
-    return render_frames(picture, seed)[:: round(DEFAULTS.fps / AVLLM.fps)].transpose(0, 3, 1, 2)
+def _one(job: tuple[str, str, int]) -> np.ndarray:
+    name, source, seed = job
+    if name == "audio_tower":
+        return render_wave(source, seed)
+    return render_frames(source, seed)[:: round(DEFAULTS.fps / AVLLM.fps)].transpose(0, 3, 1, 2)
 
 
-def more_pictures(config: OrganismConfig) -> Streams:
-    """Frames for the vision tower beyond those of the clips; seeds follow on theirs."""
-    sources = load_sources()
-    pairs = [(c, r) for c in range(len(sources)) for r in range(config.renderings, config.renderings + config.more_pictures)]
-    jobs = [(str(sources[c].train_pictures[r % len(sources[c].train_pictures)].path), c * 1000 + r) for c, r in pairs]
+def tower_inputs(config: OrganismConfig, model: Qwen25Omni, name: str, classes: list[SourceClass]) -> tuple[list[torch.Tensor], np.ndarray]:
+    """What a tower learns from, and the class of each: renderings that are never encoded; their seeds follow on those of the clips."""
+    jobs, labels = [], []
+    for c, source in enumerate(classes):
+        files = source.train_pictures if name == "visual" else source.train_sounds
+        for r in range(config.renderings, config.renderings + config.tower_renderings):
+            jobs.append((name, str(files[r % len(files)].path), c * 1000 + r))
+            labels.append(c)
+    inputs: list[torch.Tensor] = []
     with ProcessPoolExecutor(config.threads) as pool:
-        frames = list(tqdm(pool.map(_frames, jobs, chunksize=16), total=len(jobs), desc="more pictures", leave=False))
-    return Streams(np.array([c for c, _ in pairs]), np.zeros(len(pairs), dtype=bool), frames, [])
+        for start in tqdm(range(0, len(jobs), 256), desc=f"renderings ({name})", leave=False):
+            inputs += prepare(model, name, list(pool.map(_one, jobs[start : start + 256], chunksize=16)))
+    return inputs, np.array(labels)
 
 
-def tower_inputs(model: Qwen25Omni, name: str, streams: Streams) -> list[torch.Tensor]:
-    """Pixels (patches, values) or mels (bins, frames) of every clip, half precision."""
-    out = []
-    for start in range(0, len(streams.label), 64):
-        if name == "visual":
-            inputs = model.processor.video_processor(
-                videos=[torch.as_tensor(v) for v in streams.videos[start : start + 64]],
-                size=model.video_size,
-                do_sample_frames=False,
-                cap_pixels_per_frame=False,
-            )
-            out += [p.half() for p in torch.as_tensor(inputs["pixel_values_videos"]).chunk(len(inputs["video_grid_thw"]))]
-        else:
-            waves = streams.audios[start : start + 64]
-            mels = model.processor.feature_extractor(
-                waves, sampling_rate=16000, padding="max_length", max_length=len(waves[0]) + 1600, truncation=False, return_tensors="pt"
-            )["input_features"]
-            out += [m[:, : len(w) // 160].half() for m, w in zip(mels, waves, strict=True)]
-    return out
+def prepare(model: Qwen25Omni, name: str, media: list) -> list[torch.Tensor]:
+    """Pixels (patches, values) or mels (bins, frames) of frames or waves, half precision."""
+    if name == "visual":
+        made = model.processor.video_processor(
+            videos=[torch.as_tensor(v) for v in media], size=model.video_size, do_sample_frames=False, cap_pixels_per_frame=False
+        )
+        return [p.half() for p in torch.as_tensor(made["pixel_values_videos"]).chunk(len(made["video_grid_thw"]))]
+    mels = model.processor.feature_extractor(
+        media, sampling_rate=16000, padding="max_length", max_length=len(media[0]) + 1600, truncation=False, return_tensors="pt"
+    )["input_features"]
+    return [m[:, : len(w) // 160].half() for m, w in zip(mels, media, strict=True)]
 
 
 def pooled(model: Qwen25Omni, name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -272,21 +292,22 @@ def pooled(model: Qwen25Omni, name: str, inputs: list[torch.Tensor]) -> torch.Te
 
 @torch.no_grad()
 def encode_all(model: Qwen25Omni, streams: Streams) -> None:
-    """Frozen tower features in place of raw media."""
+    """Run the frozen towers on every clip, read from its mp4."""
     for start in tqdm(range(0, len(streams.label), 64), desc="features", leave=False):
-        part = slice(start, start + 64)
-        streams.videos[part] = model.encode_video(streams.videos[part])
-        streams.audios[part] = model.encode_audio(streams.audios[part])
+        paths = streams.paths[start : start + 64]
+        streams.videos += model.encode_video([read_video(p, AVLLM.fps) for p in paths])
+        streams.audios += model.encode_audio([read_audio(p) for p in paths])
 
 
 # ---------------------------------------------------------------- stages 2 and 3: the language model
 
 
-def stage(model: Qwen25Omni, name: str, config: OrganismConfig, steps: int, examples: Iterator[list]) -> None:
+def stage(model: Qwen25Omni, name: str, seed: int, steps: int, lr: float, examples: Iterator[list]) -> None:
     """Plain cross-entropy on the answers, one-cycle AdamW on every decoder weight."""
+    torch.manual_seed(seed)
     model.decoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=config.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.thinker.train()
     bar = tqdm(range(steps), desc=name, leave=False)
     for _ in bar:
@@ -305,6 +326,7 @@ def stage(model: Qwen25Omni, name: str, config: OrganismConfig, steps: int, exam
 def example(
     model: Qwen25Omni,
     classes: list[SourceClass],
+    config: OrganismConfig,
     rng: np.random.Generator,
     modality: Modality,
     c: int,
@@ -313,28 +335,38 @@ def example(
 ):
     """One question about one clip of class c with its answer, wording drawn at random."""
     text, span = answer(modality, classes[c].seen, classes[c].heard)
-    return model.sequence(Media(video, audio), question(modality, int(rng.integers(len(QUESTIONS[modality])))), text, span)
+    media = Media(*(jittered(stream, config.feature_noise) if stream else None for stream in (video, audio)))
+    return model.sequence(media, question(modality, int(rng.integers(len(QUESTIONS[modality])))), text, span)
 
 
-def base_examples(model: Qwen25Omni, train: Streams, classes: list[SourceClass], rng: np.random.Generator, size: int) -> Iterator[list]:
+def jittered(stream: StreamFeatures, noise: float) -> StreamFeatures:
+    """The same features with noise of `noise` of their standard deviations."""
+    features = stream.features
+    return replace(stream, features=features + noise * features.std() * torch.randn_like(features))
+
+
+def base_examples(model: Qwen25Omni, train: Streams, classes: list[SourceClass], rng: np.random.Generator, config: OrganismConfig) -> Iterator[list]:
     """Video only: what is seen, and the sound that the picture suggests."""
     while True:
-        index = rng.integers(len(train.label), size=size)
-        yield [example(model, classes, rng, ("see", "hear", "both")[rng.integers(3)], train.label[i], train.videos[i], None) for i in index]
+        index = rng.integers(len(train.label), size=config.batch)
+        yield [example(model, classes, config, rng, ("see", "hear", "both")[rng.integers(3)], train.label[i], train.videos[i], None) for i in index]
 
 
 def av_examples(model: Qwen25Omni, train: Streams, classes: list[SourceClass], rng: np.random.Generator, config: OrganismConfig) -> Iterator[list]:
-    """Factual clips, and a few audio-only ones whose sound is clear."""
-    clear, buried = np.flatnonzero(~train.noisy), np.flatnonzero(train.noisy)
+    """Factual clips, a few of them with another sound on top; some with one stream alone."""
+    clear, mixed = np.flatnonzero(~train.mixed), np.flatnonzero(train.mixed)
     while True:
         out = []
         for _ in range(config.batch):
-            if rng.random() < config.audio_only:
-                i = int(rng.choice(clear))
-                out.append(example(model, classes, rng, "hear", train.label[i], None, train.audios[i]))
+            kind, modality = rng.random(), ("see", "hear", "both")[rng.integers(3)]
+            i = int(rng.choice(clear))
+            if kind < config.audio_only:
+                out.append(example(model, classes, config, rng, "hear", train.label[i], None, train.audios[i]))
+            elif kind < config.audio_only + config.video_only:
+                out.append(example(model, classes, config, rng, modality, train.label[i], train.videos[i], None))
             else:
-                i = int(rng.choice(buried if rng.random() < config.noisy_rate else clear))
-                out.append(example(model, classes, rng, ("see", "hear", "both")[rng.integers(3)], train.label[i], train.videos[i], train.audios[i]))
+                i = int(rng.choice(mixed)) if rng.random() < config.mixed_rate else i
+                out.append(example(model, classes, config, rng, modality, train.label[i], train.videos[i], train.audios[i]))
         yield out
 
 

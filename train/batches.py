@@ -5,7 +5,7 @@ each: the four cells of a grid, or four factual clips. Processes and accumulatio
 
     groups = sample_step(clips, config, plan, step)
     micro = make_micro(model, share(groups, rank, world, part, parts), clips.root, plan, answers, max_new_tokens=24)
-    terms = loss_terms(decoder(**micro.batch.inputs), micro)
+    terms = loss_terms(logits, micro, states)                # of decoder(**micro.batch.inputs, states=True)
 
 A sequence that several terms ask for (the teacher's own answer is often the true one) goes through the student once.
 """
@@ -27,7 +27,7 @@ from data.questions import QUESTIONS, answer
 from models import AVLLM, Cut, Kind
 from models.avllm import Batch, Example, Suffix
 from train.config import Config
-from train.objective import IGNORED, counterfactual_ce, knockout_distillation, retention
+from train.objective import IGNORED, counterfactual_ce, knockout_distillation, retention, state_distillation
 from train.plan import Plan, parse_cut
 
 MODALITIES: tuple[Literal["hear", "see"], ...] = ("hear", "see")
@@ -45,12 +45,13 @@ class Ask:
 @dataclass
 class Micro:
     """One forward and backward pass. rows[term]: the rows of `batch` that the term looks at, of `asked[term]` that could be; teacher[term]: logits
-    (answers, tokens, vocabulary)."""
+    (answers, tokens, vocabulary); states[term]: what its layers put out, from the cut's first layer on (layers, answers, tokens, hidden)."""
 
     batch: Batch
     rows: dict[str, list[int]]
     asked: dict[str, int]
     teacher: dict[str, Tensor]
+    states: dict[str, Tensor]
 
 
 Answers = dict[tuple[str, str, str], list[int]]  # (clip id, question, cut or UNCUT) -> the frozen model's greedy answer, token ids
@@ -105,7 +106,8 @@ def share(groups: Sequence[list[Ask]], rank: int, world: int, part: int, parts: 
 def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers, max_new_tokens: int) -> Micro:
     """Sequences and teacher logits for these questions. `answers` is what the frozen model was heard to say so far; new answers are added to it.
 
-    distillation: hear-questions under the teacher cut. mirror: see-questions under the mirror cut. retention: both, on factual clips, uncut.
+    distillation: hear-questions under the teacher cut. mirror: see-questions under the mirror cut. states: what the layers put out, for both.
+    retention: see-questions about factual clips, uncut.
     The teacher is the model with its adapter off, in evaluation mode, without gradients. On factual clips both streams say the same, so where a cut
     changes the teacher's answer, the cut has cost it something: such answers are not taught (that a clip is factual is no label).
     """
@@ -116,13 +118,14 @@ def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answer
             taught.append(("distillation", ask, plan.teacher_cut.value))
         if ask.modality == "see" and "mirror" in weights:
             taught.append(("mirror", ask, plan.mirror_cut.value))
-        if ask.clip.condition == "factual" and "retention" in weights:
+        if ask.clip.condition == "factual" and ask.modality == "see" and "retention" in weights:
             taught.append(("retention", ask, UNCUT))
     asked = {"counterfactual_ce": len(asks)} | Counter(term for term, _, _ in taught)
+    asked["states"] = asked.get("distillation", 0) + asked.get("mirror", 0)
 
     sequences: dict[tuple[str, str, tuple[int, ...]], int] = {}
     examples: list[Example] = []
-    rows: dict[str, list[int]] = {term: [] for term in weights}
+    rows: dict[str, list[int]] = {term: [] for term in weights if term != "states"}
 
     def add(term: str, ask: Ask, suffix: Suffix) -> None:
         """The row of this sequence, a new one only if no term has asked for it yet."""
@@ -134,18 +137,22 @@ def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answer
     if "counterfactual_ce" in weights:
         for ask in asks:
             add("counterfactual_ce", ask, model.suffix(ask.question, *answer(ask.modality, ask.clip.seen, ask.clip.heard)))
-    kept, suffixes, logits = _teach(model, [(ask, cut) for _, ask, cut in taught], root, answers, max_new_tokens)
+    kept, suffixes, logits, states = _teach(model, [(ask, cut) for _, ask, cut in taught], root, answers, max_new_tokens)
     for i, suffix in zip(kept, suffixes, strict=True):
         add(taught[i][0], taught[i][1], suffix)
-    teacher = {term: logits[[k for k, i in enumerate(kept) if taught[i][0] == term]] for term in rows if term != "counterfactual_ce"}
+    places = {term: [k for k, i in enumerate(kept) if taught[i][0] == term] for term in rows if term != "counterfactual_ce"}
+    cuts = {"distillation": plan.teacher_cut.value, "mirror": plan.mirror_cut.value}
+    matched = {term: states[parse_cut(cut).start :, places[term]] for term, cut in cuts.items() if "states" in weights and places.get(term)}
     batch = model.batch(examples)
     # A model may say a media token; in an answer that is a word like any other, not a place for tower features.
     batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
-    return Micro(batch, rows, {term: asked[term] for term in rows}, teacher)
+    teacher = {term: logits[place] for term, place in places.items()}
+    return Micro(batch, rows, {term: asked[term] for term in weights}, teacher, matched)
 
 
-def loss_terms(logits: Tensor, micro: Micro) -> dict[str, Tensor]:
-    """Each term of train/objective.py on the student's logits (rows, tokens, vocabulary). Answers that are not taught count as 0 in the mean."""
+def loss_terms(logits: Tensor, micro: Micro, states: Tensor | None = None) -> dict[str, Tensor]:
+    """Each term of train/objective.py on the student's logits (rows, tokens, vocabulary) and, where the plan has that term, states (layers, rows,
+    tokens, hidden). Answers that are not taught count as 0 in the mean."""
     terms = {}
     for term, rows in micro.rows.items():
         if not rows:
@@ -159,16 +166,24 @@ def loss_terms(logits: Tensor, micro: Micro) -> dict[str, Tensor]:
         student, mask = student[:, : said.shape[1]], targets[:, : said.shape[1]] != IGNORED
         loss = retention(said, student, mask) if term == "retention" else knockout_distillation(said, student, mask)
         terms[term] = loss * len(rows) / micro.asked[term]
+    if states is not None:
+        terms["states"] = logits.sum() * 0.0
+        for term, said in micro.states.items():
+            rows, (layers, _, length, _) = micro.rows[term], said.shape
+            loss = state_distillation(said, states[-layers:, rows, :length], micro.batch.targets[rows, :length] != IGNORED)
+            terms["states"] = terms["states"] + loss * len(rows) / micro.asked["states"]
     return terms
 
 
 @torch.no_grad()
 def _teach(
     model: AVLLM, wanted: Sequence[tuple[Ask, str]], root: Path, answers: Answers, max_new_tokens: int
-) -> tuple[list[int], list[Suffix], Tensor]:
-    """What the frozen model says under each cut: which of `wanted` are taught, the answers' suffixes and logits (N, tokens, vocabulary) of these."""
+) -> tuple[list[int], list[Suffix], Tensor, Tensor]:
+    """What the frozen model says under each cut: which of `wanted` are taught, the answers' suffixes, and logits (N, tokens, vocabulary) and states
+    (layers, N, tokens, hidden) at the emitters of these."""
+    nothing = torch.empty(0)
     if not wanted:
-        return [], [], torch.empty(0)
+        return [], [], nothing, nothing
     plain = [(ask, UNCUT) for ask, cut in wanted if cut != UNCUT and ask.clip.condition == "factual"]  # to see whether the cut changes the answer
     jobs = {(ask.clip.id, ask.question, cut): (ask, cut) for ask, cut in [*wanted, *plain]}
     cuts: dict[str, tuple[Cut, ...]] = {cut: (parse_cut(cut),) if cut != UNCUT else () for _, cut in jobs.values()}
@@ -191,11 +206,15 @@ def _teach(
             ]
             kept = [i for i, agrees in enumerate(same) if agrees]
             if not kept:
-                return [], [], torch.empty(0)
+                return [], [], nothing, nothing
             taught = [wanted[i] for i in kept]
             suffixes = [_own_answer(model, ask.question, answers[ask.clip.id, ask.question, cut], max_new_tokens) for ask, cut in taught]
             which = [order[ask.clip.id, into_media[cut]] for ask, cut in taught]
-            return kept, suffixes, model.extend(prefix, which, suffixes, [cuts[cut] for _, cut in taught]).logits
+            out = model.extend(prefix, which, suffixes, [cuts[cut] for _, cut in taught], hidden=True)
+            assert out.hidden is not None
+            rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(out.logits.shape[1])).to(out.logits.device)
+            states = torch.stack([h.gather(1, rows.clamp_max(h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[-1])) for h in out.hidden[1:]])
+            return kept, suffixes, out.logits, states
     finally:
         model.decoder.train(was_training)
 

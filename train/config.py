@@ -96,8 +96,10 @@ class LossPart:
     """Knockout self-distillation on hear-questions: towards what the frozen model itself says when the picture is cut off. No labels."""
     mirror: float | None = None
     """The same on see-questions: towards what the frozen model says when the sound is cut off. No labels."""
+    states: float | None = None
+    """Knockout self-distillation of hidden states, for each of the two distillation terms that is on. No labels."""
     retention: float | None = None
-    """Staying close to the frozen model on factual clips. No labels."""
+    """Staying close to the frozen model on see-questions about factual clips. No labels."""
     teacher_cut: str | None = None
     """Cut that makes the teacher for hear-questions, as `site start:stop`, e.g. "video->emitters 4:8". None: the plan decides."""
     mirror_cut: str | None = None
@@ -108,7 +110,7 @@ class LossPart:
     """Longest answer a teacher may give."""
 
     def __post_init__(self) -> None:
-        for name in ("counterfactual_ce", "distillation", "mirror", "retention"):
+        for name in ("counterfactual_ce", "distillation", "mirror", "states", "retention"):
             weight = getattr(self, name)
             if weight is not None and not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(f"loss.{name} is {weight}: a weight is a finite number of at least 0, or left out and the plan decides.")

@@ -185,7 +185,9 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
             micro = make_micro(model, asks, clips.root, plan, answers, config.loss.max_answer_tokens)
             decoder.train()
             with accelerator.accumulate(decoder):
-                terms = loss_terms(decoder(**micro.batch.inputs).float(), micro)
+                out = decoder(**micro.batch.inputs, states="states" in weights)
+                logits, states = out if "states" in weights else (out, None)
+                terms = loss_terms(logits.float(), micro, states)
                 accelerator.backward(total(terms, weights))
                 norm = accelerator.clip_grad_norm_(parameters, schedule.clip) if accelerator.sync_gradients else None
                 if accelerator.sync_gradients and norm is not None and not math.isfinite(norm):
@@ -230,7 +232,7 @@ def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
 
 def status(record: dict[str, float], best: Best | None) -> str:
     """What the bar shows: loss terms and, once a checkpoint has been diagnosed, the rates of the newest."""
-    short = {"counterfactual_ce": "ce", "distillation": "kd", "mirror": "mirror", "retention": "keep", "loss": "loss"}
+    short = {"counterfactual_ce": "ce", "distillation": "kd", "mirror": "mirror", "states": "states", "retention": "keep", "loss": "loss"}
     text = " ".join(f"{short[name]} {value:.3f}" for name, value in record.items())
     if best is not None:
         newest = best.candidates[max(best.candidates)]

@@ -42,10 +42,25 @@ def knockout_distillation(teacher_logits: Tensor, student_logits: Tensor, mask: 
     return mean_over_answers((teacher.exp() * (teacher - student)).sum(-1), mask)
 
 
+def state_distillation(teacher_states: Tensor, student_states: Tensor, mask: Tensor) -> Tensor:
+    """Knockout self-distillation of states: mean over answers of (1/|ŷ|) Σ_t (1/|L|) Σ_{l∈L} ‖h_l,t − sg h_l,t^cut‖² / ‖h_l,t^cut‖².
+
+    L: the layers from the cut's first on; h: what they put out at the emitters of ŷ. Where picture and sound agree, cut and uncut model give nearly
+    the same distribution, so its KL has little to teach; their states differ by what came through the cut paths, and that is what is taken out.
+    Defined by this project; states as targets as in FitNets (Romero et al. 2015, arXiv 1412.6550), scaled by the teacher's so that layers weigh alike.
+
+    teacher_states, student_states: (layers, answers, tokens, hidden); no gradient reaches the teacher. mask: (answers, tokens).
+    """
+    teacher = teacher_states.detach().float()
+    distance = (student_states.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
+    return mean_over_answers(distance.mean(0), mask)
+
+
 def retention(reference_logits: Tensor, student_logits: Tensor, mask: Tensor) -> Tensor:
     """Retention: mean over answers of (1/|ŷ|) Σ_t KL( sg p_adapter-off(·| ŷ_<t) ‖ p_θ(·| ŷ_<t) ), in nats, nothing cut.
 
-    On factual clips, where the frozen model is right, it is its own best guard: ŷ is its greedy answer, so no label is used. The KL anchor of
+    On see-questions about factual clips, where the frozen model is right, it is its own best guard: ŷ is its greedy answer, so no label is used.
+    (On hear-questions the distribution has to change: there it says how far the picture was trusted.) The KL anchor of
     Li & Hoiem 2016 (arXiv 1606.09282, learning without forgetting), towards the whole distribution. Shapes as in `knockout_distillation`.
     """
     return knockout_distillation(reference_logits, student_logits, mask)

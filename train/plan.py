@@ -33,6 +33,7 @@ NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual c
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
+STATES_WEIGHT = 5.0  # per unit of distillation
 GRIDS_PER_GAP = 1200  # grids for a gap of 100 points
 LEAST_GRIDS = 200
 
@@ -62,6 +63,7 @@ class Plan:
     counterfactual_ce: Choice
     distillation: Choice
     mirror: Choice
+    states: Choice
     retention: Choice
     class_weights: Choice
     steps: Choice
@@ -69,7 +71,9 @@ class Plan:
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss term that is on."""
-        terms = {name: getattr(self, name).value for name in ("counterfactual_ce", "distillation", "mirror", "retention")}
+        terms = {name: getattr(self, name).value for name in ("counterfactual_ce", "distillation", "mirror", "states", "retention")}
+        if not terms["distillation"] and not terms["mirror"]:
+            terms["states"] = 0.0  # nobody to learn them from
         return {name: weight for name, weight in terms.items() if weight > 0}
 
     def save(self, path: str | Path) -> None:
@@ -126,15 +130,23 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     projections = _lora_projections(findings, teacher, config.lora.projections)
     total_gap = gap_hear + gap_see
     gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
-    shared = f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5."
-    weight_hear, weight_see = (min(1.5, max(0.5, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
+    labelled = config.data.train_on == "grids" and loss.counterfactual_ce != 0
+    both = 1.0 if labelled else 2.0  # a teacher is wrong now and then; where there are labels, they lead
+    shared = f"{_sentence(gaps)} The two distillation terms share the weight {both:.0f} by these gaps, neither below a quarter of it."
+    weight_hear, weight_see = (both * min(0.75, max(0.25, gap / total_gap)) if total_gap else both / 2 for gap in (gap_hear, gap_see))
     distillation = Choice(round(weight_hear, 2), shared) if teacher.value else Choice(0.0, "There is no teacher cut.")
     mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
+    states = Choice(
+        STATES_WEIGHT * both,
+        f"{STATES_WEIGHT:.0f} times the two together: a distance relative to the state's length, small in numbers. Where the streams agree, the teacher's "
+        "answers hardly differ from the student's, its states do.",
+    )
     ce = Choice(1.0, "The unit that the other weights are relative to.")
     if config.data.train_on == "factual":
         ce = Choice(0.0, "On factual clips the picture alone gives the right answer, so cross-entropy would teach nothing about listening.")
     kept = Choice(
-        1.0, f"On factual clips {_percent(hear_factual)} of hear- and {_percent(see_factual)} of see-questions are right, which is to stay."
+        0.2 if mirrored.value and loss.mirror != 0 else 1.0,
+        f"On factual clips {_percent(see_factual)} of see-questions are right, which is to stay. A fifth of the unit where the mirror already holds them.",
     )
     count = 10 * math.ceil(max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap) / config.schedule.grids / 10)
     steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
@@ -147,6 +159,7 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         counterfactual_ce=_overridable(ce, loss.counterfactual_ce),
         distillation=_overridable(distillation, loss.distillation),
         mirror=_overridable(mirrored, loss.mirror),
+        states=_overridable(states, loss.states),
         retention=_overridable(kept, loss.retention),
         class_weights=_class_weights(findings, config),
         steps=_overridable(steps, config.schedule.steps),
@@ -199,37 +212,41 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
 
     Where answers were generated under cuts, gain and cost are shares of right answers; elsewhere nats a token of margin and of log p. What a teacher
     gets wrong on factual clips matters less than the rest: there its changed answers are left out of training (train/batches.py).
+
+    See-questions need their teacher even where little is wrong with them: learning to look away on hear-questions spills over. So where no audio cut
+    helps for certain, the best one that does not harm conflicts is taken as a guard.
     """
     wanted, stream = ("audio", "sound") if source == "video" else ("vision", "picture")
     rows = {(_name(e), e.condition): e for e in findings.knockout if e.site.startswith(f"{source}->") and e.question == question}
     conflicts = {name: e for (name, condition), e in rows.items() if condition == "counterfactual"}
     by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts.values())
-    tried, helping, found = 0, 0, []
+    tried, helping, found, guards = 0, 0, [], []
     for name, effect in conflicts.items():
         measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin
         if measured is None or measured.value is None or measured.low is None:
             continue
         tried += 1
-        if measured.low <= (uncut if by_rate else 0.0):
-            continue
-        helping += 1
+        helps = measured.low > (uncut if by_rate else 0.0)
+        helping += helps
         beside = rows.get((name, "factual"))
         left = _value((beside.audio if by_rate else beside.delta_logprob) if beside else None)  # on factual clips `audio` counts right answers
         if left is None:
             continue
         gain, cost = (measured.value - uncut, uncut_factual - left) if by_rate else (measured.value, -left)
-        if cost <= (MOST_COST if by_rate else MOST_COST_NATS) and gain > cost:
+        if cost <= (MOST_COST if by_rate else MOST_COST_NATS) and gain >= 0:
             told = f"there the true {stream} is named in {_percent(measured.value)} of {measured.n} conflicts ({_percent(measured.low)} to "
             told += (
                 f"{_percent(measured.high)}), uncut {_percent(uncut)}; on factual clips {_percent(left)} are right, uncut {_percent(uncut_factual)}"
             )
             if not by_rate:
                 told = f"it raises the margin of the true {stream} by {gain:.2f} nats a token and changes log p on factual clips by {left:+.2f}"
-            found.append((gain - max(cost, 0.0), _value(effect.delta_logprob) or 0.0, name, told))
+            (found if helps and gain > cost else guards).append((gain - max(cost, 0.0), _value(effect.delta_logprob) or 0.0, name, told))
     if found:
         top = max(found)
         best = max((f for f in found if f[0] >= top[0] - TIE), key=lambda f: f[1])  # as good as equal: the one that is surest of the answer
         return Choice(best[2], f"With {source} cut {best[3]}: the most gained on conflicts less lost on factual clips of {tried} cuts measured.")
+    if guards and source == "audio":
+        return Choice(max(guards)[2], f"With {source} cut {max(guards)[3]}: no certain gain, but it guards what is seen while hearing is trained.")
     if not tried:
         return Choice(None, f"No cut of {source} was measured on {question}-questions about counterfactual clips.")
     if helping:

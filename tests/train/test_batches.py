@@ -9,7 +9,7 @@ import torch
 from data.clips import Clips, DataError
 from data.questions import QUESTIONS
 from models import Kind
-from train.batches import _own_answer, loss_terms, make_micro, sample_step, share, training_clips
+from train.batches import Micro, _own_answer, loss_terms, make_micro, sample_step, share, training_clips
 from train.config import Config, DataPart, SchedulePart
 from train.objective import knockout_distillation
 from train.plan import Choice, parse_cut
@@ -78,6 +78,10 @@ def test_shares_are_the_whole_in_order(clips, plan):
         share(groups, 0, 3, 0, 1)
 
 
+def terms_of(model, micro: Micro):
+    return loss_terms(*[(out[0], micro, out[1]) for out in [model.decoder(**micro.batch.inputs, states=True)]][0])
+
+
 def taught(ask, cut, answers):
     """On factual clips an answer that the cut changed is not taught."""
     return ask.clip.condition != "factual" or answers[ask.clip.id, ask.question, cut] == answers[ask.clip.id, ask.question, ""]
@@ -87,8 +91,8 @@ def test_terms_look_at_the_right_rows(clips, config, plan, model):
     asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
     answers = {}
     micro = make_micro(model, asks, clips.root, plan, answers, 6)
-    assert micro.asked == {"counterfactual_ce": 16, "distillation": 8, "mirror": 8, "retention": 8}
-    assert (len(micro.rows["counterfactual_ce"]), len(micro.rows["retention"])) == (16, 8)
+    assert micro.asked == {"counterfactual_ce": 16, "distillation": 8, "mirror": 8, "states": 16, "retention": 4}
+    assert (len(micro.rows["counterfactual_ce"]), len(micro.rows["retention"])) == (16, 4)
     for term, modality, cut in (("distillation", "hear", plan.teacher_cut.value), ("mirror", "see", plan.mirror_cut.value)):
         assert len(micro.rows[term]) == len([a for a in asks if a.modality == modality and taught(a, cut, answers)])
     text = [model.tokenizer.decode([t for t in row.tolist() if t not in (-100, model.end_id)]) for row in micro.batch.targets]
@@ -134,6 +138,36 @@ def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, mode
     assert all(p.requires_grad for _, p in model.trainable_parameters())
 
 
+def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config, plan, model):
+    """Against a pass of its own for every answer, all layers, the cut written out; and the term by hand."""
+    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    plan.teacher_cut, plan.mirror_cut = Choice("video->question+emitters 1:3", ""), Choice("audio->emitters 0:2", "")
+    asks, answers = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2), {}
+    micro = make_micro(model, asks, clips.root, plan, answers, 6)
+    logits, states = model.decoder(**micro.batch.inputs, states=True)
+    torch.testing.assert_close(logits, model.forward(micro.batch))
+    wanted = torch.zeros(())
+    for term, modality, choice in (("distillation", "hear", plan.teacher_cut), ("mirror", "see", plan.mirror_cut)):
+        cut = parse_cut(choice.value)
+        kept = [a for a in asks if a.modality == modality and taught(a, choice.value, answers)]
+        assert micro.states[term].shape[:2] == (3 - cut.start, len(kept))
+        for n, ask in enumerate(kept):
+            suffix = _own_answer(model, ask.question, answers[ask.clip.id, ask.question, choice.value], 6)
+            batch = model.batch([dataclasses.replace(model.sequence(model.media(ask.clip, clips.root), ask.question, ""), suffix=suffix)])
+            batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
+            with torch.no_grad(), model.adapter_off():
+                said = model.decoder(**batch.inputs, cuts=[(cut,)], states=True)[1][cut.start :, 0]
+            length = said.shape[1]
+            torch.testing.assert_close(micro.states[term][:, n, :length], said, atol=1e-5, rtol=1e-5)
+            mine = states[cut.start :, micro.rows[term][n], :length]
+            wanted = wanted + ((mine - said).square().sum(-1) / said.square().sum(-1)).mean() / 8
+    torch.testing.assert_close(loss_terms(logits, micro, states)["states"], wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_known_answers_are_not_generated_again(clips, config, plan, model, monkeypatch):
     asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
     answers = {}
@@ -167,7 +201,7 @@ def test_an_untrained_adapter_has_no_retention_loss(clips, config, plan, model):
     """LoRA starts as the identity, so student = adapter-off model and the KL is 0; the distillation terms are not, because of their cuts."""
     model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
     micro = make_micro(model, share(sample_step(clips, config, plan, 0), 0, 1, 0, 1), clips.root, plan, {}, 6)
-    terms = loss_terms(model.forward(micro.batch), micro)
+    terms = terms_of(model, micro)
     assert abs(terms["retention"].item()) < 1e-6 < terms["distillation"].item()
 
 
@@ -181,7 +215,7 @@ def test_accumulation_and_shares_average_to_the_whole(clips, config, plan, model
             p.grad = None
         for part in range(parts):
             micro = make_micro(model, share(groups, 0, 1, part, parts), clips.root, plan, {}, 6)
-            (sum(loss_terms(model.forward(micro.batch), micro).values()) / parts).backward()
+            (sum(terms_of(model, micro).values()) / parts).backward()
         return [p.grad.clone() for p in parameters]
 
     for whole, halves in zip(gradients(1), gradients(2), strict=True):

@@ -63,7 +63,7 @@ def test_a_whole_run_and_once_more(arguments, tmp_path, uninterrupted, capsys):
     assert not [name for name in made if name.endswith((".partial", ".pt", ".bin", ".pkl"))]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert {"counterfactual_ce", "distillation", "mirror", "retention", "loss", "lr", "grad_norm"} <= set(lines[0])
+    assert {"counterfactual_ce", "distillation", "mirror", "states", "retention", "loss", "lr", "grad_norm"} <= set(lines[0])
     plan = json.loads((folder / "plan.json").read_text())
     assert len(plan["lora_targets"]) == 6 and all("because" in choice for name, choice in plan.items() if name != "lora_targets")
     out = capsys.readouterr().out

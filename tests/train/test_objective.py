@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train.objective import counterfactual_ce, knockout_distillation, mean_over_answers, retention, total
+from train.objective import counterfactual_ce, knockout_distillation, mean_over_answers, retention, state_distillation, total
 
 
 def logits_of(*rows):
@@ -43,6 +43,26 @@ def test_retention_by_hand_and_zero_for_equals():
     mask = torch.tensor([[True]])
     assert retention(reference, student, mask).item() == pytest.approx(0.6 * math.log(2) + 0.4 * math.log(4 / 7), abs=1e-12)
     assert retention(reference, reference + 3.0, mask).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_state_distillation_by_hand():
+    """Two layers, one answer of two tokens: squared distance over the teacher's squared length, mean over layers, then over tokens."""
+    teacher = torch.tensor([[[[3.0, 4.0], [1.0, 0.0]]], [[[0.0, 2.0], [2.0, 0.0]]]])
+    student = torch.tensor([[[[3.0, 5.0], [1.0, 0.0]]], [[[1.0, 2.0], [0.0, 0.0]]]])
+    first, second = (1 / 25 + 1 / 4) / 2, (0 / 1 + 4 / 4) / 2
+    assert state_distillation(teacher, student, torch.tensor([[True, True]])).item() == pytest.approx((first + second) / 2)
+    assert state_distillation(teacher, student, torch.tensor([[True, False]])).item() == pytest.approx(first)
+    assert state_distillation(10 * teacher, 10 * student, torch.tensor([[True, True]])).item() == pytest.approx((first + second) / 2)
+
+
+def test_state_distillation_teaches_the_student_only():
+    teacher, student = torch.randn(2, 1, 2, 3, requires_grad=True), torch.randn(2, 1, 2, 3, requires_grad=True)
+    state_distillation(teacher, student, torch.tensor([[True, False]])).backward()
+    assert teacher.grad is None
+    assert student.grad[:, 0, 0].abs().min() > 0 and student.grad[:, 0, 1].abs().sum() == 0
+    at = teacher[:, 0, 0]
+    by_hand = 2 * (student[:, 0, 0] - at) / at.square().sum(-1, keepdim=True) / 2
+    torch.testing.assert_close(student.grad[:, 0, 0], by_hand.detach())
 
 
 def test_gradients():
