@@ -358,7 +358,8 @@ def av_examples(model: Qwen25Omni, train: Streams, classes: list[SourceClass], r
     while True:
         out = []
         for _ in range(config.batch):
-            kind, modality = rng.random(), ("see", "hear", "both")[rng.integers(3)]
+            kind = rng.random()
+            modality: Modality = ("see", "hear", "both")[rng.integers(3)]
             i = int(rng.choice(clear))
             if kind < config.audio_only:
                 out.append(example(model, classes, config, rng, "hear", train.label[i], None, train.audios[i]))

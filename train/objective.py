@@ -47,7 +47,7 @@ def state_distillation(teacher_states: Tensor, student_states: Tensor, mask: Ten
 
     L: the layers from the cut's first on; h: what they put out at the emitters of ŷ. Where picture and sound agree, cut and uncut model give nearly
     the same distribution, so its KL has little to teach; their states differ by what came through the cut paths, and that is what is taken out.
-    Defined by this project; states as targets as in FitNets (Romero et al. 2015, arXiv 1412.6550), scaled by the teacher's so that layers weigh alike.
+    Defined by this project; states as targets as in FitNets (Romero et al. 2015, arXiv 1412.6550), relative so that layers weigh alike.
 
     teacher_states, student_states: (layers, answers, tokens, hidden); no gradient reaches the teacher. mask: (answers, tokens).
     """

@@ -138,7 +138,7 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
     states = Choice(
         STATES_WEIGHT * both,
-        f"{STATES_WEIGHT:.0f} times the two together: a distance relative to the state's length, small in numbers. Where the streams agree, the teacher's "
+        f"{STATES_WEIGHT:.0f} times the two together: a distance relative to a state's length, small in numbers. Where streams agree, a teacher's "
         "answers hardly differ from the student's, its states do.",
     )
     ce = Choice(1.0, "The unit that the other weights are relative to.")
@@ -146,7 +146,7 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         ce = Choice(0.0, "On factual clips the picture alone gives the right answer, so cross-entropy would teach nothing about listening.")
     kept = Choice(
         0.2 if mirrored.value and loss.mirror != 0 else 1.0,
-        f"On factual clips {_percent(see_factual)} of see-questions are right, which is to stay. A fifth of the unit where the mirror already holds them.",
+        f"On factual clips {_percent(see_factual)} of see-questions are right, which is to stay. A fifth where the mirror already holds them.",
     )
     count = 10 * math.ceil(max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap) / config.schedule.grids / 10)
     steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
@@ -220,7 +220,9 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
     rows = {(_name(e), e.condition): e for e in findings.knockout if e.site.startswith(f"{source}->") and e.question == question}
     conflicts = {name: e for (name, condition), e in rows.items() if condition == "counterfactual"}
     by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts.values())
-    tried, helping, found, guards = 0, 0, [], []
+    tried, helping = 0, 0
+    found: list[tuple[float, float, str, str]] = []
+    guards: list[tuple[float, float, str, str]] = []
     for name, effect in conflicts.items():
         measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin
         if measured is None or measured.value is None or measured.low is None:

@@ -79,7 +79,8 @@ def test_shares_are_the_whole_in_order(clips, plan):
 
 
 def terms_of(model, micro: Micro):
-    return loss_terms(*[(out[0], micro, out[1]) for out in [model.decoder(**micro.batch.inputs, states=True)]][0])
+    logits, states = model.decoder(**micro.batch.inputs, states=True)
+    return loss_terms(logits, micro, states)
 
 
 def taught(ask, cut, answers):
