@@ -33,8 +33,8 @@ NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual c
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
-STATES_WEIGHT = 5.0  # per unit of distillation
-GRIDS_PER_GAP = 1200  # grids for a gap of 100 points
+STATES_WEIGHT = 10.0
+GRIDS_PER_GAP = 1400  # grids for a gap of 100 points
 LEAST_GRIDS = 200
 
 
@@ -130,15 +130,13 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     projections = _lora_projections(findings, teacher, config.lora.projections)
     total_gap = gap_hear + gap_see
     gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
-    labelled = config.data.train_on == "grids" and loss.counterfactual_ce != 0
-    both = 1.0 if labelled else 2.0  # a teacher is wrong now and then; where there are labels, they lead
-    shared = f"{_sentence(gaps)} The two distillation terms share the weight {both:.0f} by these gaps, neither below a quarter of it."
-    weight_hear, weight_see = (both * min(0.75, max(0.25, gap / total_gap)) if total_gap else both / 2 for gap in (gap_hear, gap_see))
+    shared = f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5."
+    weight_hear, weight_see = (min(1.5, max(0.5, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
     distillation = Choice(round(weight_hear, 2), shared) if teacher.value else Choice(0.0, "There is no teacher cut.")
     mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
     states = Choice(
-        STATES_WEIGHT * both,
-        f"{STATES_WEIGHT:.0f} times the two together: a distance relative to a state's length, small in numbers. Where streams agree, a teacher's "
+        STATES_WEIGHT,
+        "Five times the two together: a distance relative to a state's length, small in numbers. Where streams agree, a teacher's "
         "answers hardly differ from the student's, its states do.",
     )
     ce = Choice(1.0, "The unit that the other weights are relative to.")
