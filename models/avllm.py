@@ -315,7 +315,7 @@ class AVLLM(ABC):
         groups: dict[tuple, list[int]] = {}
         for i, example in enumerate(examples):
             groups.setdefault((id(example.media.video), id(example.media.audio), 0 if share else i), []).append(i)
-        ids, kinds, positions, segments, features = [], [], [], [], []
+        ids, kinds, positions, segments, features, places = [], [], [], [], [], []
         first: list[tuple[int, int]] = [(0, 0)] * len(examples)
         for sequence, members in enumerate(groups.values()):
             media = examples[members[0]].media
@@ -327,6 +327,8 @@ class AVLLM(ABC):
                 first[i] = (sequence, length + examples[i].suffix.first)
                 length += len(examples[i].suffix.ids)
             ids.append(torch.cat([layout.ids, *(s.ids for s in parts)]))
+            # Only here: a media token that the model itself once said has no features.
+            places.append(torch.cat([self.is_media(layout.ids), *(torch.zeros_like(s.ids, dtype=torch.bool) for s in parts)]))
             kinds.append(torch.cat([layout.kinds, *(s.kinds for s in parts)]))
             positions.append(torch.cat([layout.positions, *(_text_positions(after, len(s.ids)) for s in parts)], 1).T)
             segments.append(torch.cat([torch.zeros_like(layout.ids), *(torch.full_like(s.ids, n + 1) for n, s in enumerate(parts))]))
@@ -337,7 +339,7 @@ class AVLLM(ABC):
         inputs = {
             "input_ids": padded,
             "features": torch.cat(features),
-            "media_mask": self.is_media(padded),
+            "media_mask": _pad(places, False),
             "position_ids": _pad(positions, 0).permute(2, 0, 1),
             "attention_mask": (padded_kinds != Kind.PAD).long(),
             "kinds": padded_kinds,

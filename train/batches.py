@@ -144,8 +144,6 @@ def make_micro(model: AVLLM, asks: Sequence[Ask], root: Path, plan: Plan, answer
     cuts = {"distillation": plan.teacher_cut.value, "mirror": plan.mirror_cut.value}
     matched = {term: states[parse_cut(cut).start :, places[term]] for term, cut in cuts.items() if "states" in weights and places.get(term)}
     batch = model.batch(examples)
-    # A model may say a media token; in an answer that is a word like any other, not a place for tower features.
-    batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
     teacher = {term: logits[place] for term, place in places.items()}
     return Micro(batch, rows, {term: asked[term] for term in weights}, teacher, matched)
 
