@@ -190,7 +190,7 @@ class Judge:
 
     def run(self, console: Console) -> None:
         """Load, judge, write, show."""
-        from analysis.captions import add_scores, agreement
+        from analysis.fidelity import add_scores, agreement
         from analysis.tables import agreement_table, fidelity_table
 
         out = self.out or self.findings

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from analysis.captions import Agreement
 from analysis.compare import Change, Comparison
+from analysis.fidelity import Agreement
 from analysis.findings import CaptionFidelity, CutEffect, Estimate, Findings
 
 CONDITIONS = {
