@@ -215,7 +215,7 @@ def test_embedding_judge_reads_what_equals_a_label(sentence_model):
 
 
 def test_embedding_refuses_what_it_cannot_load(tmp_path, sentence_model):
-    with pytest.raises(JudgeError, match="no [.]safetensors"):
+    with pytest.raises(JudgeError, match=r"no [.]safetensors"):
         EmbeddingJudge(str(tmp_path), LABELS)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(JudgeError, match="cannot be loaded"):
@@ -235,7 +235,7 @@ def test_replies_are_parsed(text):
 
 
 BAD = [
-    "", "I think it is fine.", GOOD[:-5], f"Sure! {GOOD}", "[]", "null", "1", GOOD.replace("0.5", "1.5"), GOOD.replace("0.5", "-1"), 
+    "", "I think it is fine.", GOOD[:-5], f"Sure! {GOOD}", "[]", "null", "1", GOOD.replace("0.5", "1.5"), GOOD.replace("0.5", "-1"),
     GOOD.replace("0.5", "true"),
     GOOD.replace("0.5", '"0.5"'), GOOD.replace("0.5", "null"), GOOD.replace("0.5", "NaN"), GOOD.replace('"rain"', "3"), GOOD.replace("[]", "0"),
     GOOD.replace('"video": 1, ', ""), GOOD.replace('"video"', '"why": "", "video"'),
@@ -407,7 +407,7 @@ def test_a_dead_or_mute_endpoint_is_named(tmp_path):
         pass
     with pytest.raises(JudgeError, match=r"127.0.0.1:\d+/v1 cannot be reached .*refused.*--base-url"):
         ask(server, tmp_path, CAPTIONS, retries=1)
-    with ChatServer(lambda h, *_: time.sleep(0.3) or True) as server, pytest.raises(JudgeError, match="did not answer within 0[.]1 s, 2 times"):
+    with ChatServer(lambda h, *_: time.sleep(0.3) or True) as server, pytest.raises(JudgeError, match=r"did not answer within 0[.]1 s, 2 times"):
         ask(server, tmp_path, CAPTIONS, retries=1, timeout=0.1)
 
 
