@@ -9,8 +9,8 @@ from analysis.judges import LabelsJudge
 
 DESCRIPTION = """\
 How far free captions name what their clips show and what they sound like, and how often they make things up. Each side scores
-named / (1 + invented events of that side), from 0 to 1; see-questions have a video side, hear-questions an audio side, both-questions both. Captions in
-which no known event can be read are unparsed: they are in no score but their own share."""
+named / (1 + invented events of that side), from 0 to 1; see-questions have a video side, hear-questions an audio side, both-questions both.
+Captions in which no known event can be read are unparsed: they are in no score but their own share."""
 
 INPUTS = """\
 predictions: the captions.

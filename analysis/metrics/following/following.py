@@ -6,8 +6,8 @@ import evaluate
 from analysis.events import VERDICTS, follows, is_correct, phrases_of
 
 DESCRIPTION = """\
-Shares of answers that name only the heard event (`audio`), only the seen one (`vision`), `both`, another known event (`neither`) or none (`unparsed`);
-and `correct`: only what the question asks for. Where picture and sound are of one class a right answer counts as `audio`."""
+Shares of answers that name only the heard event (`audio`), only the seen one (`vision`), `both`, another known event (`neither`) or none
+(`unparsed`); and `correct`: only what the question asks for. Where picture and sound are of one class a right answer counts as `audio`."""
 
 INPUTS = """\
 predictions: the answers, as text.
