@@ -194,6 +194,7 @@ class LabelsJudge:
             sounds |= {content_stems(wording) for wording in (heard, *noises)}
         self._wordings = {wording: wording for wording in wordings.values()}
         self._sounds = frozenset(sounds)
+        self._read: dict[str, set[tuple[str, ...]]] = {}
 
     def judge(self, captions: Sequence[Caption]) -> list[CaptionScore]:
         """One score a caption."""
@@ -203,16 +204,19 @@ class LabelsJudge:
         """What the caption claims; None where no known event is named or denied and nothing says that there is nothing."""
         claims, readable = _Claims(caption, self.labels), bool(NOTHING.search(caption.answer.lower()))
         for clause in clauses(caption.answer, caption.modality):
-            readable |= bool(self._named(_DENIAL.sub(" ", clause.text)))
-            text = clause.text if _DENIAL.search(clause.text) or not clause.denied else f"no {clause.text}"
-            found = self._named(text)
+            if clause.denied:
+                readable |= bool(self._named(_DENIAL.sub(" ", clause.text)))
+            found = self._named(clause.text if not clause.denied or _DENIAL.search(clause.text) else f"no {clause.text}")
+            readable |= bool(found)
             sounds = bool(found & self._sounds)
             for stems in found:
                 claims.add(clause.sides, self._classes[stems], stems in self._sounds, sounds)
         return claims.reading() if readable else None
 
-    def _named(self, text: str) -> set[tuple[str, ...]]:
-        return {content_stems(wording) for wording in named(text, self._wordings)}
+    def _named(self, clause: str) -> set[tuple[str, ...]]:
+        if clause not in self._read:  # the same clause comes again and again, under every cut
+            self._read[clause] = {content_stems(wording) for wording in named(clause, self._wordings)}
+        return self._read[clause]
 
 
 # ---------------------------------------------------------------- embedding

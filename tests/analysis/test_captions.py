@@ -1,6 +1,7 @@
 """Captions against greedy decoding without a cache; fidelity rows and agreement by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,14 @@ def test_answers_equal_greedy_decoding_without_a_cache(told, clips, model, cut, 
     for clip in (visits[0].clips[0], visits[0].clips[3]):
         (found,) = [c for c in tally.captions if (c.clip, c.cut, c.modality) == (clip.id, cut_name(cut), modality)]
         assert found.answer == brute.greedy(model, clips, clip, modality, cut, tokens=24 if modality == "both" else 12)
+
+
+def test_answers_to_both_may_be_twice_as_long(subject, clips, model):
+    visit = Visit(replace(subject, max_new_tokens=3), clips.select("test", "factual")[:1], "factual")
+    said = {modality: answers[0] for modality, _, answers in CaptionTally(subject.labels).measure(visit)["answers"]}
+    for modality, tokens in (("see", 3), ("hear", 3), ("both", 6)):
+        assert said[modality] == brute.greedy(model, clips, visit.clips[0], modality, tokens=tokens)
+    assert said["both"] != brute.greedy(model, clips, visit.clips[0], "both", tokens=3)
 
 
 def test_a_cut_changes_some_answer(told):

@@ -199,6 +199,7 @@ def test_embedding_judge_reads_what_equals_a_label(sentence_model):
         ("I hear a cat meowing.", "hear", (0, None, 1)),
         ("I hear a dog barking and a cat meowing.", "hear", (0.5, None, 1)),
         ("I do not hear a dog barking.", "hear", "unparsed"),  # nothing of it equals a phrase
+        ("Not a bell or a cat meowing.", "hear", (0, None, 0)),
         ("I hear nothing.", "hear", (0, None, 0)),
         ("", "hear", "unparsed"),
         ("I see a cat and I hear a dog barking.", "both", (1, 1, 0)),
