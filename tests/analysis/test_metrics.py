@@ -116,7 +116,13 @@ def test_yes_no_where_nothing_is_divided_by(metric):
         metric("yes_no").compute(predictions=["No."], references=["perhaps"])
 
 
-def test_a_metric_works_from_another_folder(tmp_path):
+def test_a_metric_works_from_another_folder(metric, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert metric("yes_no").compute(predictions=["Yes"], references=["yes"])["f1"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_metric_works_in_another_process_in_another_folder(tmp_path):
     """`evaluate` copies the module into its cache, so it finds our packages by name wherever it runs."""
     code = f"import evaluate; m = evaluate.load({str(METRICS / 'yes_no')!r}); print(m.compute(predictions=['Yes'], references=['yes'])['f1'])"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
