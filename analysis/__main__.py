@@ -4,6 +4,7 @@
     python -m analysis diagnose --model models/organism/avllm --adapter runs/organism/checkpoints/step_000150/adapter \
         --clips runs/clips --out after.json
     python -m analysis compare before.json after.json --out comparison.json
+    python -m analysis judge before.json --judge llm --base-url http://localhost:8000/v1 --model my-judge
     python -m analysis report before.json after.json --clips runs/clips --out report.html
 
 Input that cannot be used gives one line on stderr and exit code 2; nothing is left half-written.
@@ -26,6 +27,8 @@ from tyro.conf import Positional, arg, subcommand
 
 from analysis.diagnose import DiagnoseSettings, SettingsError
 from analysis.findings import Findings, FindingsError
+from analysis.judge_cache import CacheError, ReplyCache
+from analysis.judges import THRESHOLD, EmbeddingJudge, JudgeError, JudgeName, LabelsJudge, LLMJudge
 from data.clips import DataError
 
 if TYPE_CHECKING:
@@ -168,7 +171,71 @@ class Report:
             console.print(f"The figure is in {self.figure}.")
 
 
-Command = Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]
+@dataclass(frozen=True)
+class Judge:
+    """Have a judge read the captions of findings, without the model: its scores go beside those of other judges.
+
+    An `llm` judge sends question, caption and the clip's labels to --base-url, with the key of OPENAI_API_KEY. Its replies are kept in --cache as
+    they come: stopped, the same command goes on where it was.
+    """
+
+    findings: Positional[Path]
+    """Findings with captions (`python -m analysis diagnose` writes them)."""
+    judge: JudgeName = "labels"
+    """labels: words and synonyms. embedding: a sentence-embedding model. llm: any OpenAI-compatible endpoint."""
+    model: str | None = None
+    """embedding: folder or hub id, weights in safetensors. llm: the model's name at the endpoint."""
+    out: Path | None = None
+    """Where to write; by default the findings file itself is replaced."""
+    threshold: float = THRESHOLD
+    """embedding: cosine from which a clause names a label. The default is for all-MiniLM-L6-v2."""
+    base_url: str | None = None
+    """llm: the endpoint, e.g. http://localhost:8000/v1."""
+    cache: Path | None = None
+    """llm: file of replies; by default beside the findings, with the ending .replies.jsonl."""
+    in_flight: int = 8
+    """llm: requests at a time."""
+    timeout: float = 60.0
+    """llm: seconds to wait for a reply."""
+    retries: int = 6
+    """llm: further attempts after time-outs, rate limits and errors of the server, with growing pauses."""
+
+    def run(self, console: Console) -> None:
+        """Load, judge, write, show."""
+        from analysis.fidelity import add_scores, agreement
+        from analysis.tables import agreement_table, fidelity_table
+
+        out = self.out or self.findings
+        _writable(out)
+        for value, name in ((self.in_flight, "in-flight"), (self.timeout, "timeout"), (self.retries + 1, "retries")):
+            if value <= 0:
+                raise UsageError(f"--{name} is too small: it has to be {'0 or more' if name == 'retries' else 'above 0'}.")
+        findings = Findings.load(self.findings)
+        try:
+            if self.judge == "labels":
+                add_scores(findings, LabelsJudge(findings.labels))
+            elif self.judge == "embedding":
+                if self.model is None:
+                    raise UsageError("--judge embedding needs --model: the folder or hub id of a sentence-embedding model.")
+                add_scores(findings, EmbeddingJudge(self.model, findings.labels, self.threshold))
+            else:
+                if self.model is None or self.base_url is None:
+                    raise UsageError("--judge llm needs --base-url and --model: an OpenAI-compatible endpoint and a model that it serves.")
+                with ReplyCache(self.cache or self.findings.with_suffix(".replies.jsonl")) as cache:
+                    add_scores(findings, LLMJudge(self.base_url, self.model, cache, self.in_flight, self.timeout, self.retries))
+        except JudgeError as error:
+            raise UsageError(f"{self.findings}: {error}") from None
+        findings.save(out)
+        console.print(fidelity_table(findings.fidelity), agreement_table(agreement(findings.captions)), sep="\n")
+        console.print(f"Findings are in {out}.")
+
+
+Command = (
+    Annotated[Diagnose, subcommand("diagnose")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Judge, subcommand("judge")]
+    | Annotated[Report, subcommand("report")]
+)
 
 
 def _processes(device: str) -> PartialState | None:
@@ -203,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m analysis", description=__doc__)  # type: ignore[arg-type]
         command.run(Console())
-    except (DataError, ModelError, FindingsError, CutError, SettingsError, UsageError) as error:
+    except (DataError, ModelError, FindingsError, CutError, SettingsError, CacheError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -165,6 +165,51 @@ class Sample:
 
 
 @dataclass
+class CaptionScore:
+    """One judge's reading of one caption. A side is None where the question did not ask for it, the clip has no such event, or the judge could
+    not read the reply (`parsed` is False then, and `invented` 0).
+    """
+
+    judge: str  # labels | embedding:<model> | llm:<model>
+    audio: float | None  # 0..1
+    video: float | None  # 0..1
+    invented: int  # events on the sides asked for that the clip does not have
+    parsed: bool
+
+
+@dataclass
+class Caption:
+    """A free caption of one clip, and what judges read in it."""
+
+    clip: str
+    file: str
+    condition: str
+    modality: str  # see | hear | both
+    question: str
+    cut: str | None  # e.g. "video->emitters 4:8": the answer was given under this cut, layers [4, 8)
+    answer: str
+    seen: str  # "" where the model was given no picture
+    heard: str  # "" where the model was given no sound
+    video_source: str
+    audio_source: str
+    scores: list[CaptionScore]
+
+
+@dataclass
+class CaptionFidelity:
+    """Mean scores of one judge on the captions it could read, the share it could not read, and the share of read ones with an invented event."""
+
+    judge: str
+    condition: str
+    question: str  # see | hear | both
+    cut: str | None
+    audio: Estimate | None  # None where the question does not ask for the sound
+    video: Estimate | None
+    unparsed: Estimate
+    invented: Estimate
+
+
+@dataclass
 class Findings:
     """Everything one diagnosis measured, with the settings that move scores."""
 
@@ -184,6 +229,9 @@ class Findings:
     latent: Latent | None = None
     shift: list[Shift] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    labels: dict[str, list[str]] = field(default_factory=dict)  # class -> [seen, heard]: every event that a judge knows
+    captions: list[Caption] = field(default_factory=list)
+    fidelity: list[CaptionFidelity] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
     format: int = FORMAT
 
