@@ -24,13 +24,26 @@ class FindingsError(ValueError):
 
 @dataclass
 class Estimate:
-    """A mean with its 95 % bootstrap interval, `n` items in `clusters` clusters. None where nothing could be measured."""
+    """A mean with its 95 % interval, `n` items in `clusters` clusters (sources). None where nothing could be measured."""
 
     value: float | None
     low: float | None
     high: float | None
     n: int
     clusters: int
+
+
+@dataclass
+class Effect(Estimate):
+    """A signed quantity with the two-sided p value of "it is zero" (None where one cluster allows none).
+
+    `p_corrected`: after Holm over its family (docs/definitions.md), None for a quantity that is no part of a sweep. `size`: value divided by the
+    standard deviation over items; None where all items agree.
+    """
+
+    p: float | None = None
+    p_corrected: float | None = None
+    size: float | None = None
 
 
 @dataclass
@@ -56,8 +69,8 @@ class Reliance:
     """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
 
     question: str
-    effect_audio: Estimate
-    effect_video: Estimate
+    effect_audio: Effect
+    effect_video: Effect
     shortcut: Estimate
 
 
@@ -75,8 +88,8 @@ class CutEffect:
     family: str  # window | from | all
     condition: str
     question: str
-    delta_logprob: Estimate
-    delta_margin: Estimate | None
+    delta_logprob: Effect
+    delta_margin: Effect | None
     audio: Estimate | None
     vision: Estimate | None
 
