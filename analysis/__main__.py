@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +27,9 @@ from tyro.conf import Positional, arg, subcommand
 from analysis.diagnose import DiagnoseSettings, SettingsError
 from analysis.findings import Findings, FindingsError
 from data.clips import DataError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Split = Literal["train", "plan", "selection", "test", "unseen"]
 
@@ -69,14 +73,22 @@ class Diagnose:
 
         _writable(self.out)
         clips = load_clips(self.clips)
+        processes = _processes(self.device)
+        name = f"cuda:{processes.local_process_index}" if processes and self.device == "cuda" else self.device
         try:
-            device = torch.device(self.device)
+            device = torch.device(name)
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise UsageError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
         model = load_model(self.model, self.adapter, device=device, dtype=getattr(torch, self.dtype), base=self.base)
-        findings = diagnose(model, clips, self.settings.answers_only() if self.quick else self.settings, self.split)
+        work = self.out.with_name(f"{self.out.name}.work")
+        if work.is_dir() and (processes is None or processes.is_main_process):
+            print(f"Going on with what {work} holds, as far as it fits.", file=sys.stderr)
+        findings = diagnose(model, clips, self.settings.answers_only() if self.quick else self.settings, self.split, work=work, processes=processes)
+        if processes is not None and not processes.is_main_process:
+            return
         findings.save(self.out)
+        shutil.rmtree(work, ignore_errors=True)
         console.print(*findings_tables(findings), sep="\n")
         console.print(f"Findings are in {self.out}.")
 
@@ -157,6 +169,22 @@ class Report:
 
 
 Command = Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]
+
+
+def _processes(device: str) -> PartialState | None:
+    """The processes that `torchrun` or `accelerate launch` started, or None for this one alone. Raises UsageError where they cannot talk."""
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted == 1:
+        return None
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=not device.startswith("cuda"))
+    if processes.num_processes != wanted:
+        raise UsageError(
+            f"{wanted} processes were started, but accelerate counts {processes.num_processes}, so each would measure everything. "
+            f"On CPU start them with `torchrun --nproc_per_node {wanted} -m analysis diagnose …`."
+        )
+    return processes
 
 
 def _writable(path: Path) -> None:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from analysis.events import event_words, named
 from analysis.findings import Estimate, Latent, Lens, Probe
+from analysis.tally import Record, Tally
 from analysis.visits import Resampler, Subject, Visit, clip_clusters
 from data.clips import Clip
 from data.questions import question
@@ -93,7 +94,7 @@ def halves(clips: Sequence[Clip]) -> tuple[NDArray, NDArray]:
 # ---------------------------------------------------------------- logit lens
 
 
-class LensTally:
+class LensTally(Tally):
     """Which classes the lens sees in each clip of all visits (made with `taps=True`). `add` each visit of conflicts, then `rows()` and `latent()`."""
 
     def __init__(self, subject: Subject, k: int = 5):
@@ -109,9 +110,10 @@ class LensTally:
             for c, name in enumerate(self.classes):
                 self.table[label][[first_token(subject.model, word) for word in event_words(phrases[label][name])], c] = True
 
-    def add(self, visit: Visit) -> None:
+    def measure(self, visit: Visit) -> Record:
         """Read the visit's states through the lens."""
         model, spoken = visit.subject.model, visit.spoken("hear")
+        record: Record = {}
         assert visit.prefix.hidden is not None and spoken.hidden is not None, "the visit was made without taps"
         for position, hidden, kinds, kind in (
             ("audio", visit.prefix.hidden, visit.prefix.kinds, Kind.AUDIO),
@@ -120,10 +122,17 @@ class LensTally:
         ):
             hits = [lens_hits(model, states, kinds == kind, self.table, self.k) for states in hidden]
             for label in LABELS:
-                self._hits.setdefault((position, label), []).append(np.stack([h[label] for h in hits], axis=1))
-        self.clips += visit.clips
+                record[f"{position} {label}"] = np.stack([h[label] for h in hits], axis=1)
         phrases = visit.subject.phrases["hear"]
-        self.said += [clip.audio_label in named(answer, phrases) for clip, answer in zip(visit.clips, visit.answers("hear"), strict=True)]
+        record["said"] = [clip.audio_label in named(answer, phrases) for clip, answer in zip(visit.clips, visit.answers("hear"), strict=True)]
+        return record
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        for position in LENS_POSITIONS:
+            for label in LABELS:
+                self._hits.setdefault((position, label), []).append(record[f"{position} {label}"])
+        self.clips += clips
+        self.said += record["said"]
 
     def _rates(self, position: str, label: str) -> tuple[NDArray, NDArray]:
         """Hit and control of every clip and layer, (n, L + 1) each; controls are means over the wrong classes."""
@@ -179,7 +188,7 @@ def lens_hits(model: AVLLM, states: torch.Tensor, mask: torch.Tensor, table: dic
 # ---------------------------------------------------------------- linear probes
 
 
-class ProbeFeatures:
+class ProbeFeatures(Tally):
     """States at the probed positions of all visits (made with `taps=True`): `states()` is (n, L + 1, positions, H), NaN where a position has no
     rows.
     """
@@ -188,8 +197,8 @@ class ProbeFeatures:
         self.clips: list[Clip] = []
         self._states: list[NDArray] = []
 
-    def add(self, visit: Visit) -> None:
-        """Take the visit's states under the hear-question."""
+    def measure(self, visit: Visit) -> Record:
+        """The visit's states under the hear-question."""
         model, n = visit.subject.model, len(visit.clips)
         suffix = model.suffix(question("hear"))
         out = model.extend(visit.prefix, range(n), [suffix] * n, hidden=True)
@@ -199,8 +208,11 @@ class ProbeFeatures:
             torch.stack([_mean(prefix, audio), _mean(rows, asked), rows[:, suffix.first].float()], dim=1).cpu()
             for prefix, rows in zip(visit.prefix.hidden, out.hidden, strict=True)
         ]
-        self._states.append(torch.stack(layers, dim=1).numpy())
-        self.clips += visit.clips
+        return {"states": torch.stack(layers, dim=1).numpy()}
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        self._states.append(record["states"])
+        self.clips += clips
 
     def states(self) -> NDArray:
         """See the class."""

@@ -21,12 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.events import VERDICTS, Verdict, is_correct, verdict
 from analysis.findings import Following, Reliance, Sample
 from analysis.statistics import Dyads, bootstrap, ratio_bootstrap
+from analysis.tally import Record, Tally
 from analysis.visits import MODALITIES, Resampler, Visit, clip_clusters
 from data.clips import Clip, Grid
 from data.questions import Modality, question
 
 
-class FollowingTally:
+class FollowingTally(Tally):
     """What the greedy answers of all visits name. `add` each visit, then `rows()` and `samples`."""
 
     def __init__(self, modalities: Sequence[Modality] = MODALITIES):
@@ -36,22 +37,28 @@ class FollowingTally:
         self._streams: dict[str, tuple[bool, bool]] = {}
         self._verdicts: dict[tuple[str, Modality], list[Verdict]] = {}
 
-    def add(self, visit: Visit) -> None:
+    def measure(self, visit: Visit) -> Record:
         """Ask every clip of the visit every question."""
-        self._clips.setdefault(visit.condition, []).extend(visit.clips)
-        self._streams[visit.condition] = (visit.video, visit.audio)
+        record: Record = {"streams": [visit.video, visit.audio], "answers": {m: visit.answers(m) for m in self.modalities}, "verdicts": {}}
         for modality in self.modalities:
             phrases = visit.subject.phrases[modality]
-            said = [
+            record["verdicts"][modality] = [
                 verdict(answer, clip, phrases, visit.video, visit.audio) for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
             ]
-            self._verdicts.setdefault((visit.condition, modality), []).extend(said)
-            for clip, answer, what in zip(visit.clips, visit.answers(modality), said, strict=True):
+        return record
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        self._clips.setdefault(condition, []).extend(clips)
+        self._streams[condition] = tuple(record["streams"])
+        for modality in self.modalities:
+            said = record["verdicts"][modality]
+            self._verdicts.setdefault((condition, modality), []).extend(said)
+            for clip, answer, what in zip(clips, record["answers"][modality], said, strict=True):
                 self.samples.append(
                     Sample(
                         clip=clip.id,
                         file=clip.file,
-                        condition=visit.condition,
+                        condition=condition,
                         seen=clip.seen,
                         heard=clip.heard,
                         question=question(modality),
@@ -78,7 +85,7 @@ class FollowingTally:
         return out
 
 
-class ScoreTable:
+class ScoreTable(Tally):
     """s (docs/definitions.md) for the (clip, modality, class) triples that somebody wants; filled visit by visit."""
 
     def __init__(self) -> None:
@@ -89,21 +96,18 @@ class ScoreTable:
         """Ask for the score of class `name`'s phrase as the answer to this modality's question about a clip (its id)."""
         self.wanted.setdefault(clip, {})[modality, name] = None
 
-    def add(self, visit: Visit) -> None:
-        """Score what is wanted of the visit's clips and not there yet."""
-        jobs = [
-            (row, clip.id, *key)
-            for row, clip in enumerate(visit.clips)
-            for key in self.wanted.get(clip.id, {})
-            if (clip.id, *key) not in self._scores
-        ]
-        subject = visit.subject
-        scores = subject.scores(visit.prefix, [row for row, *_ in jobs], [subject.label_suffix(modality, name) for *_, modality, name in jobs])
-        self._scores.update({(clip, modality, name): float(s) for (_, clip, modality, name), s in zip(jobs, scores, strict=True)})
+    def _jobs(self, clips: Sequence[Clip]) -> list[tuple[int, Modality, str]]:
+        return [(row, *key) for row, clip in enumerate(clips) for key in self.wanted.get(clip.id, {})]
 
-    def missing(self) -> list[str]:
-        """Clips of which something is wanted and not there."""
-        return [clip for clip, keys in self.wanted.items() if any((clip, *key) not in self._scores for key in keys)]
+    def measure(self, visit: Visit) -> Record:
+        """Score what is wanted of the visit's clips."""
+        jobs, subject = self._jobs(visit.clips), visit.subject
+        suffixes = [subject.label_suffix(modality, name) for _, modality, name in jobs]
+        return {"scores": subject.scores(visit.prefix, [row for row, *_ in jobs], suffixes)}
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        for (row, modality, name), score in zip(self._jobs(clips), record["scores"], strict=True):
+            self._scores[clips[row].id, modality, name] = float(score)
 
     def __getitem__(self, key: tuple[str, Modality, str]) -> float:
         return self._scores[key]

@@ -106,16 +106,18 @@ def forced(model: AVLLM, modality: Modality, ids: Sequence[int]) -> Suffix:
 
 
 class Visit:
-    """Some clips with their prefix. `condition` is what findings call it; `video`, `audio`: which streams are given to the model.
+    """Some clips with their prefix. `condition` is what findings call it; `video`, `audio`: which streams are given to the model; `start`: how many
+    clips of the condition come before these. Streams go through the towers one by one, so features do not depend on who else is in a visit.
 
     Raises DataError where a sample that should carry sound (or a picture) has no such tokens in the prompt.
     """
 
-    def __init__(self, subject: Subject, clips: Sequence[Clip], condition: str, video: bool = True, audio: bool = True, taps: bool = False):
+    def __init__(
+        self, subject: Subject, clips: Sequence[Clip], condition: str, video: bool = True, audio: bool = True, taps: bool = False, start: int = 0
+    ):
         self.subject, self.clips, self.condition, self.video, self.audio, self.taps = subject, list(clips), condition, video, audio, taps
+        self.start = start
         model, root = subject.model, subject.clips.root
-        if video and audio:
-            model.precompute(self.clips, root, progress=False)
         self.media = [model.media(clip, root, video=video, audio=audio) for clip in self.clips]
         self.prefix = model.prefill(self.media, hidden=taps)
         for kind, wanted in ((Kind.VIDEO, video), (Kind.AUDIO, audio)):

@@ -60,9 +60,7 @@ def test_margins_equal_whole_forward_passes(subject, clips, model):
     want_grids(table, grids, by_id)
     cells = [by_id[name] for name in table.wanted]
     table.add(Visit(subject, cells[:5], "x"))
-    assert set(table.missing()) == {c.id for c in cells[5:]}
     table.add(Visit(subject, cells[5:], "x"))
-    assert not table.missing()
     for modality in MODALITIES:
         margins = grid_margins(table, grids, modality, by_id)
         for grid, row in zip(grids, margins, strict=True):
