@@ -66,12 +66,19 @@ class Following:
 
 @dataclass
 class Reliance:
-    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
+    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal.
+
+    From the permutation null (docs/definitions.md), None where one cluster allows none: `p_audio`, `p_video` of each effect, and `shortcut_null`,
+    what the index stays below in 95 % of cases if the stream not asked about does not matter.
+    """
 
     question: str
     effect_audio: Effect
     effect_video: Effect
     shortcut: Estimate
+    p_audio: float | None = None
+    p_video: float | None = None
+    shortcut_null: float | None = None
 
 
 @dataclass
@@ -156,7 +163,7 @@ class Shift:
 
 @dataclass
 class Sample:
-    """One clip with what the model said: shown in the page, kept for paired comparison."""
+    """One clip with what the model said, shown in the page."""
 
     clip: str
     file: str
@@ -175,6 +182,17 @@ class Sample:
         """Whether the answer names, alone, what the question designates. On factual clips the labels agree and `audio` is the right verdict."""
         agree = self.condition.endswith("factual") and not self.condition.endswith("counterfactual")
         return self.verdict == ("audio" if agree or self.modality == "hear" else "vision")
+
+
+@dataclass
+class Items:
+    """Values of the same clips (or grids) under several keys, for paired comparison. Written by analysis/items.py, explained in docs/findings.md."""
+
+    ids: list[str]
+    clusters: list[list[str]]  # the sources of each item: one list, two where both streams vary, two for the members of grids
+    dyads: bool  # whether both lists name sources of one kind (grids)
+    values: dict[str, str] = field(default_factory=dict)  # key -> one number an item, as text
+    weights: dict[str, str] = field(default_factory=dict)  # key -> how many things each value is the sum over, where that is not 1
 
 
 @dataclass
@@ -197,6 +215,7 @@ class Findings:
     latent: Latent | None = None
     shift: list[Shift] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
     format: int = FORMAT
 

@@ -31,6 +31,7 @@ a source with all others nothing can be said, and bounds are None.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,7 +244,8 @@ class Intervals:
         variance = robust / n**2 * ((1 - rho) * n + rho * self._sharing) / expected
         floor = LEAST * alone / (n * max(n - 1, 1))
         freedom = expected**2 / ((1 - rho) ** 2 * t2 + 2 * rho * (1 - rho) * t3 + rho**2 * t4)
-        return Spread(np.sqrt(np.maximum(variance, floor)), freedom, rho)
+        # Where few nodes form all pairs, noise alone would give a fraction of a degree, and intervals that say nothing.
+        return Spread(np.sqrt(np.maximum(variance, floor)), np.maximum(freedom, min(2, self.clusters - 1)), rho)
 
     def _linear(self, values: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray, NDArray, int, int]:
         """Mean of each column, influence of each item on it, how many things and sources it is over."""
@@ -297,6 +299,11 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
         reached = max(reached, min(1.0, (len(there) - rank) * value))
         out[i] = reached
     return out
+
+
+def corrected(family: Sequence[Effect]) -> list[Effect]:
+    """The same effects with `p_corrected` over all of them (`holm`)."""
+    return [replace(effect, p_corrected=p) for effect, p in zip(family, holm([effect.p for effect in family]), strict=True)]
 
 
 def _sides(clusters: Clusters, n: int) -> tuple[list[NDArray], bool]:

@@ -39,7 +39,7 @@ def reference(values, clusters):
     omega = (1 - rho) * np.eye(n) + rho * k
     variance = robust * omega.sum() / np.trace(a @ omega)
     freedom = np.trace(a @ omega) ** 2 / np.trace(a @ omega @ a @ omega)
-    return math.sqrt(max(variance, q1 / n / (n - 1) / 4)), freedom
+    return math.sqrt(max(variance, q1 / n / (n - 1) / 4)), max(freedom, 2)
 
 
 def designs(rng, n=24):
@@ -94,7 +94,8 @@ def test_two_way_by_hand():
     # A 3 x 3 table with one clip a cell: a[r] + b[c], a = b = (-1, 0, 1). Row sums of e: -3, 0, 3, squares 18; columns the same; cells:
     # 4 + 1 + 0 + 1 + 0 + 1 + 0 + 1 + 4 = 12. Robust sum 18 + 18 - 12 = 24.
     # Each clip shares a source with 5 of 9, so K has 45 ones, K = R + C - I with 3 x 3 blocks: on centred vectors its eigenvalues are
-    # 3 - 1 = 2 (rows: 2 of them, columns: 2) and -1 (the other 4): tr(MK) = 8 - 4 = 4, tr((MK)²) = 16 + 4 = 20, third 32 - 4 = 28, fourth 64 + 4 = 68.
+    # 3 - 1 = 2 (rows: 2 of them, columns: 2) and -1 (the other 4): tr(MK) = 8 - 4 = 4, tr((MK)²) = 16 + 4 = 20,
+    # third 32 - 4 = 28, fourth 64 + 4 = 68.
     # ρ: e'e = 12, e'Ke = 24, q = 2: (2 * 8 - 4) / ((20 - 4) + 2 (8 - 4)) = 12 / 24 = 1/2.
     # expected ½ 4 + ½ 20 = 12; variance 24 / 81 * (½ 9 + ½ 45) / 12 = 24 * 27 / 972 = 2/3; freedom 144 / (¼ 20 + ½ 28 + ¼ 68) = 144 / 36 = 4.
     rows, columns = [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2] * 3
@@ -107,7 +108,8 @@ def test_two_way_by_hand():
 def test_dyads_by_hand():
     # All pairs of 4 nodes, node effects u = (-3, 1, 1, 1), value u_i + u_j: (-2, -2, -2, 2, 2, 2). Node sums of e: -6, 2, 2, 2, squares 48;
     # pairs 6 * 4 = 24; robust 48 - 24 = 24. A pair shares a node with all but its complement: K = 1 - complement,
-    # on centred vectors eigenvalue -1 (3 complementary pairs' sums, less the mean: 2) and +1 (their differences: 3): tr(MK) = 3 - 2 = 1, squares 5, third 1, fourth 5.
+    # on centred vectors eigenvalue -1 (3 complementary pairs' sums, less the mean: 2) and +1 (their differences: 3): tr(MK) = 3 - 2 = 1,
+    # squares 5, third 1, fourth 5.
     # ρ: q = 24 / 24 = 1, (5 - 1) / ((5 - 1) + (5 - 1)) = ½; expected ½ + 5/2 = 3; variance 24 / 36 * (½ 6 + ½ 30) / 3 = 24 * 18 / 108 = 4.
     # Known: mean = 2 ū, so 4 var(u) / 4 = var(u) = 12 / 3 = 4.
     pairs = list(itertools.combinations(range(4), 2))
