@@ -29,6 +29,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from analysis.findings import Findings
 from analysis.flow import FlowTally
+from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep
 from analysis.probing import LensTally, ProbeFeatures, probe_rows, random_weights
 from analysis.reliance import FollowingTally, ScoreTable, reliance_rows, want_grids
@@ -94,10 +95,10 @@ class DiagnoseSettings:
     """Also probe the model with random weights in its decoder, as a control. Another pass over the conflicts."""
     max_new_tokens: int = 24
     """Longest answer."""
-    draws: int = 1000
-    """Bootstrap draws."""
+    flips: int = 2000
+    """Sign flips of the permutation null of modality reliance."""
     seed: int = 0
-    """Chooses clips where not all are used, shuffles labels, draws the bootstrap."""
+    """Chooses clips where not all are used, shuffles labels, draws the sign flips."""
     batch: int = 48
     """Clips to a visit. Does not change what is measured."""
     suffix_batch: int = 128
@@ -107,7 +108,7 @@ class DiagnoseSettings:
         for name, value in asdict(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < (-1 if name == "knockout_answers" else 0):
                 raise SettingsError(f"{name} is {value}: it is a number of things and cannot be negative.")
-        for name in ("batch", "suffix_batch", "draws", "max_new_tokens", "lens_k", "knockout_width"):
+        for name in ("batch", "suffix_batch", "flips", "max_new_tokens", "lens_k", "knockout_width"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} has to be at least 1.")
         if self.probe_folds < 2:
@@ -260,29 +261,30 @@ class _Diagnosis:
             self._make("answers", self._cut_answers(sweep))
 
         self.bar.update(self.task, description="fitting probes")
-        draws, seed = settings.draws, settings.seed
+        items = ItemStore()
         if features:
-            findings.probes = probe_rows(features, silent, random, settings.probe_folds, draws, seed)
+            findings.probes = probe_rows(features, silent, random, settings.probe_folds, items, settings.seed)
             out.append(
                 "Probes: the control without sound exists only for the sound's label where there are rows without sound (question, last prompt row)."
             )
             if random is None:
                 out.append("Probes: the control with random weights was not asked for.")
         self.bar.update(self.task, description="intervals")
-        findings.following = following.rows(draws, seed)
+        findings.following = following.rows(items)
         findings.samples = following.samples
         if chosen.grids:
-            findings.reliance = reliance_rows(scores, chosen.grids, self.by_id, draws, seed)
+            findings.reliance = reliance_rows(scores, chosen.grids, self.by_id, items, settings.flips, settings.seed)
         elif settings.grids != 0:
             out.append("Modality reliance: the split has no grids.")
         if flow:
-            findings.flow = flow.rows(draws, seed)
+            findings.flow = flow.rows(items)
         if lens:
-            findings.lens, findings.latent = lens.rows(draws, seed), lens.latent(draws, seed)
+            findings.lens, findings.latent = lens.rows(items), lens.latent(items)
         if shift:
-            findings.shift = shift.rows(draws, seed)
+            findings.shift = shift.rows(items)
         if sweep:
-            findings.knockout = sweep.rows(draws, seed)
+            findings.knockout = sweep.rows(items)
+        findings.items = items.saved()
         off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "knockout": sweep}
         if names := [name for name, tally in off.items() if tally is None]:
             out.append(f"Not measured: {', '.join(names)} (not asked for, or nothing to measure on).")

@@ -13,7 +13,7 @@ from models import SITES, load_model
 
 SMALL = DiagnoseSettings(
     counterfactual=12, factual=6, alone=4, grids=4, shift=6, knockout=6, knockout_factual=2, knockout_media=2, knockout_width=2, probe_folds=3,
-    probe_random=True, max_new_tokens=10, draws=50, batch=7,
+    probe_random=True, max_new_tokens=10, flips=50, batch=7,
 )  # fmt: skip
 
 
@@ -95,14 +95,14 @@ def test_subsets_are_nested_and_follow_the_seed(clips):
 
 
 def test_quick_is_following_and_reliance_only(model, clips):
-    found = diagnose(model, clips, DiagnoseSettings.quick(6, max_new_tokens=10, draws=20), "selection", progress=False)
+    found = diagnose(model, clips, DiagnoseSettings.quick(6, max_new_tokens=10, flips=20), "selection", progress=False)
     assert {f.condition for f in found.following} == {"factual", "counterfactual"} and len(found.reliance) == 2
     assert not (found.flow or found.lens or found.probes or found.shift or found.knockout) and found.latent is None
     assert any("Not measured: flow, lens, probes, token shift, knockout" in s for s in found.left_out)
 
 
 def test_grids_beyond_the_clips_asked_about_are_still_scored(model, clips):
-    settings = DiagnoseSettings.quick(2, grids=3, max_new_tokens=4, draws=20)
+    settings = DiagnoseSettings.quick(2, grids=3, max_new_tokens=4, flips=20)
     found = diagnose(model, clips, settings, "test", progress=False)
     assert found.reliance[0].shortcut.n == 3 and found.following_rate("factual", "hear").audio.n == 2
 
@@ -110,7 +110,7 @@ def test_grids_beyond_the_clips_asked_about_are_still_scored(model, clips):
 def test_without_a_base_the_findings_say_so(model_folder, clips):
     model = load_model(model_folder)
     model.base_path = None
-    settings = DiagnoseSettings.quick(4, shift=2, max_new_tokens=10, draws=20)
+    settings = DiagnoseSettings.quick(4, shift=2, max_new_tokens=10, flips=20)
     found = diagnose(model, clips, settings, "test", progress=False)
     assert found.base is None and found.shift and any("proxy is the same model without its sound" in s for s in found.left_out)
 
