@@ -25,10 +25,10 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
-from analysis.diagnose import DiagnoseSettings, SettingsError
 from analysis.findings import Findings, FindingsError
 from analysis.judge_cache import CacheError, ReplyCache
 from analysis.judges import THRESHOLD, EmbeddingJudge, JudgeError, JudgeName, LabelsJudge, LLMJudge
+from analysis.settings import DiagnoseSettings, SettingsError
 from data.clips import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Measure whether a model listens: answers, reliance, attention flow, lens, probes, knockout, token shift."""
+    """Measure whether a model listens: answers, captions, reliance, attention flow, lenses, probes, knockout, token shift.
+
+    Killed, the same command goes on where it was. Several processes share the clips: `accelerate launch -m analysis diagnose …` on GPUs,
+    `torchrun --nproc_per_node 2 -m analysis diagnose …` on CPU.
+    """
 
     model: str
     """Folder of a checkpoint (or a hub id)."""
@@ -265,19 +269,23 @@ def _writable(path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, or 2 for input that cannot be used."""
-    from models import CutError, ModelError
-
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m analysis", description=__doc__)  # type: ignore[arg-type]
         command.run(Console())
-    except (DataError, ModelError, FindingsError, CutError, SettingsError, CacheError, UsageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (DataError, FindingsError, SettingsError, CacheError, UsageError) as error:
+        message = str(error)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (ValueError, RuntimeError) as error:
+        from models import CutError, ModelError  # not above: it takes seconds, and judge, compare and report need no model
+
+        if not isinstance(error, CutError | ModelError):
+            raise
+        message = str(error)
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

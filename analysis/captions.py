@@ -1,9 +1,8 @@
 """Free captions: greedy answers to see-, hear- and both-questions, with and without cuts, as the labels judge reads them (analysis/judges.py).
 
-    tally = CaptionTally(subject.labels)
-    tally.take(visit.clips, visit.condition, tally.measure(visit))                       # uncut
-    tally.take(visit.clips, visit.condition, tally.measure(visit, [Cut.at(…), …]))       # under cuts
-    tally.captions, tally.rows(draws, seed)
+    CaptionTally(subject.labels)                       # uncut
+    CaptionTally(subject.labels, cuts=[Cut.at(…), …])  # under cuts
+    fidelity_rows(tally.captions)                      # what it comes to (analysis/fidelity.py)
 
 The answers are kept in the findings, so that other judges can read them later without the model (analysis/fidelity.py).
 """
@@ -13,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from analysis.fidelity import fidelity_rows
-from analysis.findings import Caption, CaptionFidelity
+from analysis.findings import Caption
 from analysis.judges import Labels, LabelsJudge
+from analysis.knockout import cut_text
 from analysis.tally import Record, Tally
 from analysis.visits import Visit
 from data.clips import Clip
@@ -23,28 +22,24 @@ from data.questions import MODALITIES, Modality, question
 from models import Cut
 
 
-def cut_name(cut: Cut | None) -> str | None:
-    """What findings call a cut: site and layers [start, stop), "video->emitters 4:8"; None for no cut."""
-    return None if cut is None else f"{cut.site} {cut.start}:{cut.stop}"
-
-
 class CaptionTally(Tally):
     """Greedy captions of all visits, with and without cuts, and what the labels judge reads in them.
 
-    `labels`: class -> (seen, heard), the events that the judge knows.
+    `labels`: class -> (seen, heard), the events that the judge knows. `cuts`: what captions are given under; None is no cut.
     """
 
-    def __init__(self, labels: Labels, modalities: Sequence[Modality] = MODALITIES):
-        self.modalities = modalities
+    def __init__(self, labels: Labels, modalities: Sequence[Modality] = MODALITIES, cuts: Sequence[Cut | None] = (None,)):
+        self.modalities, self.cuts = modalities, cuts
         self.captions: list[Caption] = []
         self._judge = LabelsJudge(labels)
 
-    def measure(self, visit: Visit, cuts: Sequence[Cut | None] = (None,)) -> Record:
+    def measure(self, visit: Visit) -> Record:
         """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip]], …]}.
 
         Uncut see- and hear-answers are those of the visit. Cuts into media rows need a prefix each, which all questions share.
         """
         answers: dict[tuple[Modality, Cut | None], list[str]] = {}
+        cuts = self.cuts
         count = range(len(visit.clips))
         plain = [cut for cut in cuts if cut is not None and not cut.cuts_media]
         for modality in self.modalities:
@@ -61,7 +56,7 @@ class CaptionTally(Tally):
                 prefix = visit.subject.model.prefill(visit.media, given)
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
-        ordered = [[modality, cut_name(cut), answers[modality, cut]] for cut in cuts for modality in self.modalities]
+        ordered = [[modality, cut_text(cut) if cut else None, answers[modality, cut]] for cut in cuts for modality in self.modalities]
         return {"video": visit.video, "audio": visit.audio, "answers": ordered}
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
@@ -87,10 +82,6 @@ class CaptionTally(Tally):
         for caption, read in zip(new, self._judge.judge(new), strict=True):
             caption.scores.append(read)
         self.captions += new
-
-    def rows(self, draws: int, seed: int) -> list[CaptionFidelity]:
-        """One row a condition, question and cut."""
-        return fidelity_rows(self.captions, draws, seed)
 
 
 def _greedy(visit: Visit, prefix, rows: Sequence[int], modality: Modality, cuts) -> list[str]:

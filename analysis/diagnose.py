@@ -27,11 +27,15 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from analysis.captions import CaptionTally
+from analysis.fidelity import fidelity_rows
 from analysis.findings import Findings
 from analysis.flow import FlowTally
+from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep
 from analysis.probing import LensTally, ProbeFeatures, probe_rows, random_weights
 from analysis.reliance import FollowingTally, ScoreTable, reliance_rows, want_grids
+from analysis.settings import DiagnoseSettings, SettingsError
 from analysis.shift import ShiftTally
 from analysis.tally import Tally
 from analysis.visits import MODALITIES, Subject, Visit
@@ -44,86 +48,6 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "av", "torchvision")
 PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "min_frames", "sampling_rate", "hop_length", "feature_size")
 
 T = TypeVar("T")
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be measured by. The message names the setting."""
-
-
-@dataclass(frozen=True)
-class DiagnoseSettings:
-    """What is measured, and on how many clips. Counts: None is all there are, 0 is none."""
-
-    counterfactual: int | None = None
-    """Counterfactual clips (conflicts)."""
-    factual: int | None = None
-    """Factual clips."""
-    alone: int | None = None
-    """Of the factual clips, how many are also asked about with sound only and with picture only."""
-    unseen: int | None = None
-    """Clips per condition of the split of unseen sources that are asked about beside the test split."""
-    grids: int | None = 300
-    """2x2 grids for modality reliance."""
-    flow: bool = True
-    """Attention flow."""
-    lens: bool = True
-    """Logit lens, and latent audio understanding from it."""
-    probes: bool = True
-    """Linear probes."""
-    shift: int | None = 200
-    """Clips per condition for token-distribution shift against the base."""
-    knockout: int | None = 80
-    """Counterfactual clips for the attention knockout sweep."""
-    knockout_factual: int | None = 40
-    """Factual clips for the attention knockout sweep."""
-    knockout_media: int | None = 12
-    """Clips per condition for cuts into media rows (video->audio, audio->video): each of these needs its own prefix."""
-    knockout_sites: tuple[str, ...] = tuple(SITES)
-    """Sites that are cut."""
-    knockout_width: int = 3
-    """Layers in a sliding window."""
-    knockout_answers: int = 1
-    """For how many of each site's best cuts greedy answers are generated. -1: for every cut."""
-    knockout_curves: tuple[str, ...] = ("video->emitters", "video->question+emitters")
-    """Sites of which every "from layer k on" cut is answered too."""
-    lens_k: int = 5
-    """A word counts as seen by the lens when it is among this many top tokens."""
-    probe_folds: int = 10
-    """Folds of the linear probes."""
-    probe_random: bool = False
-    """Also probe the model with random weights in its decoder, as a control. Another pass over the conflicts."""
-    max_new_tokens: int = 24
-    """Longest answer."""
-    draws: int = 1000
-    """Bootstrap draws."""
-    seed: int = 0
-    """Chooses clips where not all are used, shuffles labels, draws the bootstrap."""
-    batch: int = 48
-    """Clips to a visit. Does not change what is measured."""
-    suffix_batch: int = 128
-    """Questions to a batch on top of a visit. Does not change what is measured."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < (-1 if name == "knockout_answers" else 0):
-                raise SettingsError(f"{name} is {value}: it is a number of things and cannot be negative.")
-        for name in ("batch", "suffix_batch", "draws", "max_new_tokens", "lens_k", "knockout_width"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} has to be at least 1.")
-        if self.probe_folds < 2:
-            raise SettingsError("probe_folds has to be at least 2.")
-        for name in ("knockout_sites", "knockout_curves"):
-            if unknown := sorted(set(getattr(self, name)) - set(SITES)):
-                raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
-
-    @classmethod
-    def quick(cls, clips: int | None = 120, **changes: Any) -> DiagnoseSettings:
-        """Following and reliance only, on this many clips per condition (and half as many grids): what a checkpoint is judged by."""
-        return replace(cls(counterfactual=clips, factual=clips, grids=None if clips is None else clips // 2).answers_only(), **changes)
-
-    def answers_only(self) -> DiagnoseSettings:
-        """The same clips, but only what answers follow, and reliance."""
-        return replace(self, alone=0, unseen=0, flow=False, lens=False, probes=False, shift=0, knockout=0, knockout_factual=0)
 
 
 class Chosen(NamedTuple):
@@ -176,9 +100,12 @@ def diagnose(
     every one returns the same findings.
 
     Raises DataError for clips that cannot be used (also: sound that left no tokens), ModelError for a base that cannot be loaded, CutError where the
-    self-check finds that a cut would not do what it says.
+    self-check finds that a cut would not do what it says, SettingsError for a site that there is not.
     """
     settings = settings or DiagnoseSettings()
+    for name in ("knockout_sites", "knockout_curves"):
+        if unknown := sorted(set(getattr(settings, name) or ()) - set(SITES)):
+            raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
     chosen = choose(clips, split, settings)
     if not chosen.factual and not chosen.counterfactual:
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
@@ -246,44 +173,51 @@ class _Diagnosis:
         silent = ProbeFeatures() if features else None
         random = ProbeFeatures() if features and settings.probe_random else None
         shift = self._shift() if settings.shift != 0 else None
-        sweep = None
-        if settings.knockout_sites and any(self.swept.values()):
+        captions = CaptionTally(self.subject.labels) if settings.captions != 0 else None
+        sweep, sites = None, tuple(SITES) if settings.knockout_sites is None else settings.knockout_sites
+        if sites and any(self.swept.values()):
             media = settings.knockout_media if settings.knockout_media is not None else len(self.by_id)
-            sweep = KnockoutSweep(self.subject, settings.knockout_sites, settings.knockout_width, media)
+            sweep = KnockoutSweep(self.subject, sites, settings.knockout_width, media)
         asked: dict[str, Tally | None] = {
             "following": following, "scores": scores, "flow": flow, "lens": lens, "probes": features, "without sound": silent, "random": random,
-            "shift": shift, "knockout": sweep,
+            "shift": shift, "captions": captions, "knockout": sweep,
         }  # fmt: skip
         self.tallies = {name: tally for name, tally in asked.items() if tally is not None}
         self._make("visits", self._visits(scores))
+        under_cuts = self._under_cuts(sweep) if sweep and captions and settings.caption_cuts else None
         if sweep:
-            self._make("answers", self._cut_answers(sweep))
+            self._make("answers", [*self._cut_answers(sweep), *(self._cut_captions(sweep, under_cuts) if under_cuts else ())])
 
         self.bar.update(self.task, description="fitting probes")
-        draws, seed = settings.draws, settings.seed
+        items = ItemStore()
         if features:
-            findings.probes = probe_rows(features, silent, random, settings.probe_folds, draws, seed)
+            findings.probes = probe_rows(features, silent, random, settings.probe_folds, items, settings.seed)
             out.append(
                 "Probes: the control without sound exists only for the sound's label where there are rows without sound (question, last prompt row)."
             )
             if random is None:
                 out.append("Probes: the control with random weights was not asked for.")
         self.bar.update(self.task, description="intervals")
-        findings.following = following.rows(draws, seed)
+        findings.following = following.rows(items)
         findings.samples = following.samples
         if chosen.grids:
-            findings.reliance = reliance_rows(scores, chosen.grids, self.by_id, draws, seed)
+            findings.reliance = reliance_rows(scores, chosen.grids, self.by_id, items, settings.flips, settings.seed)
         elif settings.grids != 0:
             out.append("Modality reliance: the split has no grids.")
         if flow:
-            findings.flow = flow.rows(draws, seed)
+            findings.flow = flow.rows(items)
         if lens:
-            findings.lens, findings.latent = lens.rows(draws, seed), lens.latent(draws, seed)
+            findings.lens, findings.latent = lens.rows(items), lens.latent(items)
         if shift:
-            findings.shift = shift.rows(draws, seed)
+            findings.shift = shift.rows(items)
         if sweep:
-            findings.knockout = sweep.rows(draws, seed)
-        off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "knockout": sweep}
+            findings.knockout = sweep.rows(items)
+        if captions:
+            findings.labels = {name: list(phrases) for name, phrases in self.subject.labels.items()}
+            findings.captions = captions.captions + (under_cuts.captions if under_cuts else [])
+            findings.fidelity = fidelity_rows(findings.captions, items)
+        findings.items = items.saved()
+        off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "caption fidelity": captions, "knockout": sweep}
         if names := [name for name, tally in off.items() if tally is None]:
             out.append(f"Not measured: {', '.join(names)} (not asked for, or nothing to measure on).")
 
@@ -321,7 +255,8 @@ class _Diagnosis:
         settings, jobs = self.settings, list[Job]()
         for condition, clips in self.conditions.items():
             conflict = None if condition == "counterfactual" else 0
-            named = {"following": None, "scores": None, "flow": None, "lens": conflict, "probes": conflict, "shift": settings.shift}
+            named = {"following": None, "scores": None, "flow": None, "lens": conflict, "probes": conflict}
+            named |= {"shift": settings.shift, "captions": settings.captions}
             taps = any(name in self.tallies and named[name] != 0 for name in ("flow", "lens", "probes"))
             jobs += self._jobs(condition, clips, {**named, "knockout": len(self.swept[condition])}, taps=taps)
         alone = first(self.chosen.factual, settings.alone)
@@ -353,6 +288,18 @@ class _Diagnosis:
         if curve or wanted < 0:
             out.append("Knockout: whoever picks the best cut from a curve picks on the clips it is reported on; measure it again on another split.")
         return [job for condition, clips in self.swept.items() for job in self._jobs(condition, clips, {"cut answers": None})]
+
+    def _under_cuts(self, sweep: KnockoutSweep) -> CaptionTally:
+        """Captions under the best cuts: of each site the best on the choosing half, of these the first few."""
+        cuts = sweep.strongest(self.settings.caption_cuts)
+        return CaptionTally(self.subject.labels, cuts=cuts)
+
+    def _cut_captions(self, sweep: KnockoutSweep, tally: CaptionTally) -> Iterable[Job]:
+        """On factual clips, and on conflicts that had no part in choosing the cuts."""
+        self.tallies["cut captions"] = tally
+        report = sweep.halves()[1]
+        for condition, clips in self.swept.items():
+            yield from self._jobs(condition, [c for c in clips if condition == "factual" or c.id in report], {"cut captions": None})
 
     def _shift(self) -> ShiftTally | None:
         base = None

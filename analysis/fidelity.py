@@ -1,7 +1,7 @@
 """Caption fidelity from what judges read: means with intervals, further judges, and how far judges agree (docs/definitions.md). Needs no model.
 
 add_scores(findings, LLMJudge(…))        # what `python -m analysis judge` does
-fidelity_rows(findings.captions, draws, seed)
+fidelity_rows(findings.captions, items)  # items: what is kept for paired comparison (analysis/items.py)
 agreement(findings.captions)             # rank correlation between judges that read the same captions
 """
 
@@ -15,11 +15,12 @@ import numpy as np
 from scipy import stats
 
 from analysis.findings import Caption, CaptionFidelity, CaptionScore, Estimate, Findings
+from analysis.items import ItemStore, Key
 from analysis.judges import SIDES, Judge, JudgeError, Side, asked
-from analysis.statistics import bootstrap, by_source
+from analysis.statistics import by_source
 
 
-def fidelity_rows(captions: Iterable[Caption], draws: int, seed: int) -> list[CaptionFidelity]:
+def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[CaptionFidelity]:
     """One row a judge, condition, question and cut, in the order of the captions.
 
     Means of the sides' scores and the share with an invented event are over captions that the judge could read; `unparsed` is over all.
@@ -34,9 +35,9 @@ def fidelity_rows(captions: Iterable[Caption], draws: int, seed: int) -> list[Ca
         sides: dict[Side, Estimate | None] = dict.fromkeys(SIDES)
         for side in asked(modality):
             scored = [(caption, value) for caption, read in parsed if (value := side_score(read, side)) is not None]
-            sides[side] = _mean([value for _, value in scored], [caption for caption, _ in scored], draws, seed)
-        unparsed = _mean([not read.parsed for _, read in pairs], [caption for caption, _ in pairs], draws, seed)
-        invented = _mean([read.invented > 0 for _, read in parsed], [caption for caption, _ in parsed], draws, seed)
+            sides[side] = _rate(items, caption_key(judge, condition, modality, cut, side), scored)
+        unparsed = _rate(items, caption_key(judge, condition, modality, cut, "unparsed"), [(caption, not read.parsed) for caption, read in pairs])
+        invented = _rate(items, caption_key(judge, condition, modality, cut, "invented"), [(caption, read.invented > 0) for caption, read in parsed])
         rows.append(CaptionFidelity(judge, condition, modality, cut, sides["audio"], sides["video"], unparsed, invented))
     return sorted(rows, key=lambda row: row.judge != "labels")
 
@@ -46,12 +47,18 @@ def side_score(read: CaptionScore, side: Side) -> float | None:
     return read.audio if side == "audio" else read.video
 
 
-def _mean(values: Sequence[float], captions: Sequence[Caption], draws: int, seed: int) -> Estimate:
-    """Mean with its interval, clustered by the captions' sources."""
-    if not captions:
+def caption_key(judge: str, condition: str, modality: str, cut: str | None, measure: str) -> Key:
+    """The key of one number of caption fidelity."""
+    return Key("captions", condition, modality, f"{judge} judge, {cut or 'no cut'}", measure)
+
+
+def _rate(items: ItemStore, key: Key, scored: Sequence[tuple[Caption, float]]) -> Estimate:
+    """Mean of scores between 0 and 1, clustered by the captions' sources."""
+    if not scored:
         return Estimate(None, None, None, 0, 0)
-    clusters = by_source([c.video_source for c in captions], [c.audio_source for c in captions])
-    return bootstrap(values, clusters, draws, seed)
+    captions = [caption for caption, _ in scored]
+    group = items.of([c.clip for c in captions], by_source([c.video_source for c in captions], [c.audio_source for c in captions]))
+    return group.rates([key], np.array([[value] for _, value in scored], dtype=float))[0]
 
 
 def add_scores(findings: Findings, judge: Judge) -> None:
@@ -68,8 +75,11 @@ def add_scores(findings: Findings, judge: Judge) -> None:
                 raise JudgeError(f"the caption of clip {caption.clip} is about {phrase!r}, which is not among the labels of these findings.")
     for caption, read in zip(findings.captions, judge.judge(findings.captions), strict=True):
         caption.scores = [*(s for s in caption.scores if s.judge != judge.name), read]
-    draws, seed = (findings.settings.get(name, default) for name, default in (("draws", 1000), ("seed", 0)))
-    findings.fidelity = fidelity_rows(findings.captions, draws, seed)
+    items = ItemStore()
+    findings.fidelity = fidelity_rows(findings.captions, items)
+    for group in findings.items:
+        group.values = {key: values for key, values in group.values.items() if not key.startswith("captions|")}
+    findings.items = [group for group in findings.items if group.values] + items.saved()
 
 
 class Agreement(NamedTuple):

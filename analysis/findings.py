@@ -24,13 +24,26 @@ class FindingsError(ValueError):
 
 @dataclass
 class Estimate:
-    """A mean with its 95 % bootstrap interval, `n` items in `clusters` clusters. None where nothing could be measured."""
+    """A mean with its 95 % interval, `n` items in `clusters` clusters (sources). None where nothing could be measured."""
 
     value: float | None
     low: float | None
     high: float | None
     n: int
     clusters: int
+
+
+@dataclass
+class Effect(Estimate):
+    """A signed quantity with the two-sided p value of "it is zero" (None where one cluster allows none).
+
+    `p_corrected`: after Holm over its family (docs/definitions.md), None for a quantity that is no part of a sweep. `size`: value divided by the
+    standard deviation over items; None where all items agree.
+    """
+
+    p: float | None = None
+    p_corrected: float | None = None
+    size: float | None = None
 
 
 @dataclass
@@ -53,12 +66,19 @@ class Following:
 
 @dataclass
 class Reliance:
-    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
+    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal.
+
+    From the permutation null (docs/definitions.md), None where one cluster allows none: `p_audio`, `p_video` of each effect, and `shortcut_null`,
+    what the index stays below in 95 % of cases if the stream not asked about does not matter.
+    """
 
     question: str
-    effect_audio: Estimate
-    effect_video: Estimate
+    effect_audio: Effect
+    effect_video: Effect
     shortcut: Estimate
+    p_audio: float | None = None
+    p_video: float | None = None
+    shortcut_null: float | None = None
 
 
 @dataclass
@@ -75,8 +95,8 @@ class CutEffect:
     family: str  # window | from | all
     condition: str
     question: str
-    delta_logprob: Estimate
-    delta_margin: Estimate | None
+    delta_logprob: Effect
+    delta_margin: Effect | None
     audio: Estimate | None
     vision: Estimate | None
 
@@ -143,7 +163,7 @@ class Shift:
 
 @dataclass
 class Sample:
-    """One clip with what the model said: shown in the page, kept for paired comparison."""
+    """One clip with what the model said, shown in the page."""
 
     clip: str
     file: str
@@ -210,6 +230,17 @@ class CaptionFidelity:
 
 
 @dataclass
+class Items:
+    """Values of the same clips (or grids) under several keys, for paired comparison. Written by analysis/items.py, explained in docs/findings.md."""
+
+    ids: list[str]
+    clusters: list[list[str]]  # the sources of each item: one list, two where both streams vary, two for the members of grids
+    dyads: bool  # whether both lists name sources of one kind (grids)
+    values: dict[str, str] = field(default_factory=dict)  # key -> one number an item, as text
+    weights: dict[str, str] = field(default_factory=dict)  # key -> how many things each value is the sum over, where that is not 1
+
+
+@dataclass
 class Findings:
     """Everything one diagnosis measured, with the settings that move scores."""
 
@@ -232,6 +263,7 @@ class Findings:
     labels: dict[str, list[str]] = field(default_factory=dict)  # class -> [seen, heard]: every event that a judge knows
     captions: list[Caption] = field(default_factory=list)
     fidelity: list[CaptionFidelity] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
     format: int = FORMAT
 

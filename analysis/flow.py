@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.findings import Flow
+from analysis.items import ItemStore, Key, flow_item
 from analysis.tally import Record, Tally
-from analysis.visits import Resampler, Visit, clip_clusters
+from analysis.visits import Visit
 from data.clips import Clip
 from data.questions import Modality
 from models import Kind
@@ -45,14 +46,17 @@ class FlowTally(Tally):
         self._mass.setdefault(condition, []).append(record["mass"])
         self._clips.setdefault(condition, []).extend(clips)
 
-    def rows(self, draws: int, seed: int) -> list[Flow]:
+    def rows(self, items: ItemStore) -> list[Flow]:
         """One row a condition, variant and target: mass by kind and layer, summing to 1 over the kinds."""
         out = []
         for condition, parts in self._mass.items():
             mass, clips = np.concatenate(parts), self._clips[condition]
-            resampler = Resampler(clip_clusters(clips), len(clips), draws, seed)
+            group, layers = items.clips(clips), range(mass.shape[2])
             for v, variant in enumerate(VARIANTS):
                 for t, target in enumerate(TARGETS):
-                    by_kind = {name: resampler.estimates(mass[:, v, :, t, kind]) for name, kind in SOURCES.items()}
+                    by_kind = {}
+                    for name, kind in SOURCES.items():
+                        keys = [Key("flow", condition, None, flow_item(target, name, variant, layer), "mass") for layer in layers]
+                        by_kind[name] = group.means(keys, mass[:, v, :, t, kind])
                     out.append(Flow(target, variant, condition, by_kind))
         return out

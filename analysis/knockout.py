@@ -24,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.events import Verdict, verdict
-from analysis.findings import CutEffect, Estimate
+from analysis.findings import CutEffect
+from analysis.items import ItemStore, Key, cut_item
 from analysis.probing import halves
+from analysis.statistics import corrected
 from analysis.tally import Record, Tally
-from analysis.visits import MODALITIES, Resampler, Subject, Visit, clip_clusters
+from analysis.visits import MODALITIES, Subject, Visit
 from data.clips import Clip
 from data.questions import Modality, question
 from models import SITES, Cut, self_check
@@ -167,51 +169,58 @@ class KnockoutSweep(Tally):
 
     def best(self, per_site: int) -> list[Cut]:
         """For each site the cuts that raise the designated label's margin on conflicts most, on the choosing half."""
+        return [cut for site in self.sites for cut in list(self._ranked(site))[:per_site]]
+
+    def strongest(self, count: int) -> list[Cut]:
+        """The best cut of each site, and of these the first `count`. Not cuts into media rows: they are measured on too few clips to rank."""
+        best = {cut: gain for site in self.sites for cut, gain in list(self._ranked(site).items())[:1] if not cut.cuts_media}
+        return sorted(best, key=lambda cut: -best[cut])[:count]
+
+    def _ranked(self, site: str) -> dict[Cut, float]:
+        """The cuts of a site with what they add to the margin on the choosing half, best first."""
         choose, _ = self.halves()
-        out = []
-        for site in self.sites:
-            gain = {}
-            for w in self.windows:
-                cut = Cut.at(site, w.start, w.stop)
-                if ("counterfactual", asked(site), cut) in self._cells:
-                    clips, _, margin = self.deltas("counterfactual", asked(site), cut)
-                    chosen = [m for clip, m in zip(clips, margin, strict=True) if clip.id in choose]
-                    gain[cut] = float(np.mean(chosen)) if chosen else -np.inf
-            out += sorted(gain, key=lambda cut: (-gain[cut], cut.start, cut.stop))[:per_site]
-        return out
+        gain = {}
+        for w in self.windows:
+            cut = Cut.at(site, w.start, w.stop)
+            if ("counterfactual", asked(site), cut) in self._cells:
+                clips, _, margin = self.deltas("counterfactual", asked(site), cut)
+                chosen = [m for clip, m in zip(clips, margin, strict=True) if clip.id in choose]
+                gain[cut] = float(np.mean(chosen)) if chosen else -np.inf
+        return dict(sorted(gain.items(), key=lambda pair: (-pair[1], pair[0].start, pair[0].stop)))
 
     def curve(self, sites: Sequence[str]) -> list[Cut]:
         """Every "from layer k on" cut of these sites."""
         return [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows if "from" in w.families]
 
-    def rows(self, draws: int, seed: int) -> list[CutEffect]:
-        """One row a site, window, family, condition and question."""
-        resamplers: dict[tuple[str, ...], Resampler] = {}
-
-        def resampler(clips: Sequence[Clip]) -> Resampler:
-            key = tuple(clip.id for clip in clips)
-            if key not in resamplers:
-                resamplers[key] = Resampler(clip_clusters(clips), len(clips), draws, seed)
-            return resamplers[key]
-
+    def rows(self, items: ItemStore) -> list[CutEffect]:
+        """One row a site, window, family, condition and question; p values corrected over the windows of a site, condition and measure."""
         out = []
-        conditions = list(dict.fromkeys(condition for condition, _, _ in self._cells))
-        for condition in conditions:
+        for condition in dict.fromkeys(condition for condition, _, _ in self._cells):
             for site in self.sites:
                 modality = asked(site)
-                for w in self.windows:
-                    cut = Cut.at(site, w.start, w.stop)
-                    if (condition, modality, cut) not in self._cells:
-                        continue
-                    clips, score, margin = self.deltas(condition, modality, cut)
-                    both = resampler(clips).estimates(np.stack([score, margin], axis=1))
-                    rates: list[Estimate | None] = [None, None]
-                    if said := self.answers.get((condition, modality, cut)):
-                        shares = np.array([[v == "audio", v == "vision"] for _, v in said], dtype=float)
-                        rates = [*resampler([clip for clip, _ in said]).estimates(shares)]
-                    delta_margin = both[1] if condition == "counterfactual" else None
+                cuts = [(w, Cut.at(site, w.start, w.stop)) for w in self.windows]
+                cuts = [(w, cut) for w, cut in cuts if (condition, modality, cut) in self._cells]
+                if not cuts:
+                    continue
+                found = [self.deltas(condition, modality, cut) for _, cut in cuts]
+                group = items.clips(found[0][0])
+                score, margin = np.stack([s for _, s, _ in found], axis=1), np.stack([m for *_, m in found], axis=1)
+                changes = corrected(group.intervals.effects(score))
+                margins = corrected(group.intervals.effects(margin)) if condition == "counterfactual" else [None] * len(cuts)
+                for c, (w, cut) in enumerate(cuts):
+                    said = self.answers.get((condition, modality, cut), [])
+                    answered = items.clips([clip for clip, _ in said])
+                    shares = np.array([[v == "audio", v == "vision"] for _, v in said])
+                    rates = answered.intervals.rates(shares) if said else [None, None]
                     for family in w.families:
-                        out.append(CutEffect(site, w.start, w.stop, family, condition, modality, both[0], delta_margin, *rates))
+                        item = cut_item(site, w.start, w.stop, family)
+                        key = {m: Key("knockout", condition, modality, item, m) for m in ("delta_logprob", "delta_margin", "audio", "vision")}
+                        group.keep(key["delta_logprob"], score[:, c])
+                        if margins[c]:
+                            group.keep(key["delta_margin"], margin[:, c])
+                        for r, measure in enumerate(("audio", "vision") if said else ()):
+                            answered.keep(key[measure], shares[:, r])
+                        out.append(CutEffect(site, w.start, w.stop, family, condition, modality, changes[c], margins[c], *rates))
         return sorted(out, key=lambda e: (e.condition, self.sites.index(e.site), ("window", "from", "all").index(e.family), e.start))
 
 

@@ -20,9 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.events import VERDICTS, Verdict, is_correct, verdict
 from analysis.findings import Following, Reliance, Sample
-from analysis.statistics import Dyads, bootstrap, ratio_bootstrap
+from analysis.items import ItemStore, Key
+from analysis.statistics import Dyads
 from analysis.tally import Record, Tally
-from analysis.visits import MODALITIES, Resampler, Visit, clip_clusters
+from analysis.visits import MODALITIES, Visit
 from data.clips import Clip, Grid
 from data.questions import Modality, question
 
@@ -70,18 +71,19 @@ class FollowingTally(Tally):
                     )
                 )
 
-    def rows(self, draws: int, seed: int) -> list[Following]:
+    def rows(self, items: ItemStore) -> list[Following]:
         """One row a condition and question."""
         out = []
         for (condition, modality), said in self._verdicts.items():
             clips, streams = self._clips[condition], self._streams[condition]
-            resampler = Resampler(clip_clusters(clips, *streams), len(clips), draws, seed)
             agree = [all(streams) and clip.video_label == clip.audio_label for clip in clips]
             columns = [[what == v for what in said] for v in VERDICTS] + [
                 [is_correct(what, modality, a) for what, a in zip(said, agree, strict=True)]
             ]
-            shares = resampler.estimates(np.array(columns, dtype=float).T)
-            out.append(Following(condition, modality, **dict(zip((*VERDICTS, "correct"), shares, strict=True))))
+            measures = (*VERDICTS, "correct")
+            keys = [Key("following", condition, modality, "", measure) for measure in measures]
+            shares = items.clips(clips, *streams).rates(keys, np.array(columns).T)
+            out.append(Following(condition, modality, **dict(zip(measures, shares, strict=True))))
         return out
 
 
@@ -143,24 +145,31 @@ def grid_margins(table: ScoreTable, grids: Sequence[Grid], modality: Modality, b
     return np.array(rows).reshape(-1, 4)
 
 
-def reliance_rows(table: ScoreTable, grids: Sequence[Grid], by_id: Mapping[str, Clip], draws: int, seed: int) -> list[Reliance]:
-    """Effects and Shortcut Index on hear- and see-questions."""
+def reliance_rows(
+    table: ScoreTable, grids: Sequence[Grid], by_id: Mapping[str, Clip], items: ItemStore, flips: int = 2000, seed: int = 0
+) -> list[Reliance]:
+    """Effects and Shortcut Index on hear- and see-questions, with their permutation null.
+
+    If a stream does not matter, exchanging its index in a grid (o for x) turns the sign of its effect and leaves the other. `flips` data sets with
+    such signs, drawn so that grids with a clip's source in common keep together (`Intervals.flipped`), give the p value of each effect, and
+    `shortcut_null` = w / (w + |mean effect of the stream asked about|), w = what |mean| of the other's effect stays below in 95 % of them.
+    """
     first = [by_id[grid.oo] for grid in grids]
     second = [by_id[grid.xx] for grid in grids]
     nodes = source_groups([*first, *second])
-    clusters = Dyads([nodes[c.id] for c in first], [nodes[c.id] for c in second])
+    group = items.of([grid.id for grid in grids], Dyads([nodes[c.id] for c in first], [nodes[c.id] for c in second]))
     out = []
     for modality in MODALITIES:
-        audio, video = grid_effects(grid_margins(table, grids, modality, by_id))
-        shortcut, other = (video, audio) if modality == "hear" else (audio, video)
-        out.append(
-            Reliance(
-                modality,
-                bootstrap(audio, clusters, draws, seed),
-                bootstrap(video, clusters, draws, seed),
-                ratio_bootstrap(shortcut, other, clusters, draws, seed),
-            )
-        )
+        effects = np.stack(grid_effects(grid_margins(table, grids, modality, by_id)), axis=1)
+        keys = [Key("reliance", None, modality, "", measure) for measure in ("effect_audio", "effect_video")]
+        audio, video = group.effects(keys, effects)
+        null = [group.intervals.flipped(column, flips, seed) if group.intervals.usable else None for column in effects.T]
+        irrelevant = 1 if modality == "hear" else 0
+        index = group.intervals.ratio(effects[:, irrelevant], effects[:, 1 - irrelevant])
+        asked_about, drawn = abs(effects[:, 1 - irrelevant].mean()) if len(grids) else 0.0, null[irrelevant]
+        shortcut_null = drawn.widest / (drawn.widest + asked_about) if drawn and drawn.widest + asked_about else None
+        p_audio, p_video = (flipped.p if flipped else None for flipped in null)
+        out.append(Reliance(modality, audio, video, index, p_audio, p_video, shortcut_null))
     return out
 
 

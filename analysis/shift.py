@@ -18,13 +18,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from analysis.events import content_stems, named, stem
-from analysis.findings import Estimate, Shift
-from analysis.statistics import bootstrap
+from analysis.findings import Shift
+from analysis.items import ItemStore, Key
 from analysis.tally import Record, Tally
-from analysis.visits import MODALITIES, Subject, Visit, clip_clusters, forced
+from analysis.visits import MODALITIES, Subject, Visit, forced
 from data.clips import Clip
 from data.questions import Modality
 from models import AVLLM
@@ -108,26 +107,19 @@ class ShiftTally(Tally):
         texts = [decode(list(ids[:n])) for n in range(len(ids) + 1)]
         return [b[len(a) :] for a, b in itertools.pairwise(texts)]
 
-    def rows(self, draws: int, seed: int) -> list[Shift]:
-        """One row a condition and token class; classes without tokens have n = 0."""
+    def rows(self, items: ItemStore) -> list[Shift]:
+        """One row a condition and token class; classes without tokens have n = 0. n counts tokens, and a clip's tokens stay together."""
         out = []
         for condition, tokens in self._tokens.items():
+            clips = list({token[0].id: token[0] for token in tokens}.values())
+            at = {clip.id: i for i, clip in enumerate(clips)}
+            group = items.clips(clips)
             for name in CLASSES:
                 chosen = [t for t in tokens if name == "all" or t[1] == name or (name == "first_event" and t[2])]
-                clusters = clip_clusters([t[0] for t in chosen]) if chosen else []
-                rank = np.array([t[3] for t in chosen], dtype=int)
-
-                def estimate(values: NDArray, clusters=clusters) -> Estimate:
-                    return bootstrap(values.astype(float), clusters, draws, seed)
-
-                out.append(
-                    Shift(
-                        tokens=name,
-                        condition=condition,
-                        unshifted=estimate(rank == 1),
-                        marginal=estimate((rank == 2) | (rank == 3)),
-                        shifted=estimate(rank > 3),
-                        kl=estimate(np.array([t[4] for t in chosen], dtype=float)),
-                    )
-                )
+                sums = np.zeros((len(clips), 5))  # unshifted, marginal, shifted, KL, tokens
+                for clip, _, _, rank, kl in chosen:
+                    sums[at[clip.id]] += (rank == 1, rank in (2, 3), rank > 3, kl, 1)
+                keys = [Key("shift", condition, None, name, measure) for measure in ("unshifted", "marginal", "shifted", "kl")]
+                shares = group.rates(keys[:3], sums[:, :3], sums[:, 4])
+                out.append(Shift(name, condition, *shares, *group.means(keys[3:], sums[:, 3:4], sums[:, 4])))
         return out

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from analysis.captions import CaptionTally, cut_name
+from analysis.captions import CaptionTally
 from analysis.fidelity import add_scores, agreement, fidelity_rows
 from analysis.findings import Caption, CaptionScore, Estimate, Findings
+from analysis.items import ItemStore
 from analysis.judges import JudgeError, LabelsJudge
-from analysis.statistics import bootstrap
+from analysis.knockout import cut_text
+from analysis.statistics import Intervals
 from analysis.visits import Visit
 from data.questions import MODALITIES, question
 from models import Cut
@@ -23,14 +25,14 @@ CUTS = (None, Cut.at("video->emitters", 1, 3), Cut.at("video->audio", 0, 2), Cut
 @pytest.fixture(scope="module")
 def told(subject, clips):
     """A tally with all captions of four conflicts (under cuts) and three factual clips, in records that went through JSON."""
-    tally = CaptionTally(subject.labels)
+    tally = CaptionTally(subject.labels, cuts=CUTS)
     visits = [
         Visit(subject, clips.select("test", "counterfactual")[:4], "counterfactual"),
         Visit(subject, clips.select("test", "factual")[:3], "factual"),
     ]
     for visit, cuts in zip(visits, (CUTS, (None,)), strict=True):
-        before = list(tally.captions)
-        record = tally.measure(visit, cuts)
+        before, tally.cuts = list(tally.captions), cuts
+        record = tally.measure(visit)
         assert tally.captions == before  # measuring changes nothing
         tally.take(visit.clips, visit.condition, json.loads(json.dumps(record)))
     return tally, visits
@@ -55,7 +57,7 @@ def test_every_clip_question_and_cut_has_one_caption(told):
 def test_answers_equal_greedy_decoding_without_a_cache(told, clips, model, cut, modality):
     tally, visits = told
     for clip in (visits[0].clips[0], visits[0].clips[3]):
-        (found,) = [c for c in tally.captions if (c.clip, c.cut, c.modality) == (clip.id, cut_name(cut), modality)]
+        (found,) = [c for c in tally.captions if (c.clip, c.cut, c.modality) == (clip.id, cut and cut_text(cut), modality)]
         assert found.answer == brute.greedy(model, clips, clip, modality, cut, tokens=24 if modality == "both" else 12)
 
 
@@ -78,12 +80,12 @@ def test_a_stream_that_was_not_given_is_not_scored(subject, clips):
     visit = Visit(subject, clips.select("test", "factual")[:2], "audio_only", video=False)
     tally.add(visit)
     assert all(c.seen == c.video_source == "" and c.heard and c.scores[0].video is None for c in tally.captions)
-    assert all(row.video is None or row.video.n == 0 for row in tally.rows(20, 0))
+    assert all(row.video is None or row.video.n == 0 for row in fidelity_rows(tally.captions, ItemStore()))
 
 
 def test_the_taught_model_is_faithful_on_factual_clips(told):
     tally, _ = told
-    rows = {(r.condition, r.question, r.cut): r for r in tally.rows(50, 0)}
+    rows = {(r.condition, r.question, r.cut): r for r in fidelity_rows(tally.captions, ItemStore())}
     assert rows["factual", "hear", None].audio.value == 1.0 and rows["factual", "see", None].video.value == 1.0
     assert rows["factual", "hear", None].invented.value == 0.0 and rows["factual", "hear", None].video is None
     assert len(rows) == 3 * 4 + 3
@@ -95,6 +97,10 @@ def made(name, picture, sound, score, modality="both", condition="factual", cut=
     return Caption(name, "f", condition, modality, "?", cut, "x", "a dog", "a dog barking", picture, sound, [read])
 
 
+def rate(values, clusters):
+    return Intervals(clusters, len(values)).rates(np.array(values, dtype=float)[:, None])[0]
+
+
 def test_rows_by_hand():
     captions = [
         made("a", "p1", "s1", (1.0, 0.5, 1)),
@@ -104,18 +110,18 @@ def test_rows_by_hand():
         made("e", "p1", "s1", (1.0, None, 0), "hear"),
         made("f", "p1", "s1", (1.0, None, 0), "hear", cut="video->emitters 0:2"),
     ]
-    both, hear, cut = fidelity_rows(captions, draws=200, seed=3)
+    both, hear, cut = fidelity_rows(captions, ItemStore())
     rest = (["p1", "p2", "p2"], ["s1", "s1", "s2"])
-    assert both.audio == bootstrap([1.0, 0.0, 0.5], rest, 200, 3) and both.audio.value == 0.5
-    assert both.video == bootstrap([0.5, 1.0, 0.0], rest, 200, 3)
-    assert both.invented == bootstrap([1, 0, 1], rest, 200, 3) and both.invented.value == pytest.approx(2 / 3)
-    assert both.unparsed == bootstrap([0, 0, 1, 0], (["p1", "p2", "p1", "p2"], ["s1", "s1", "s2", "s2"]), 200, 3) and both.unparsed.value == 0.25
+    assert both.audio == rate([1.0, 0.0, 0.5], rest) and both.audio.value == 0.5
+    assert both.video == rate([0.5, 1.0, 0.0], rest)
+    assert both.invented == rate([1, 0, 1], rest) and both.invented.value == pytest.approx(2 / 3)
+    assert both.unparsed == rate([0, 0, 1, 0], (["p1", "p2", "p1", "p2"], ["s1", "s1", "s2", "s2"])) and both.unparsed.value == 0.25
     assert (hear.question, hear.video, hear.audio) == ("hear", None, Estimate(1.0, None, None, 1, 1))
     assert (cut.cut, hear.cut) == ("video->emitters 0:2", None)
 
 
 def test_when_nothing_was_read_there_is_no_score():
-    (row,) = fidelity_rows([made("a", "p", "s", None), made("b", "q", "t", None)], 20, 0)
+    (row,) = fidelity_rows([made("a", "p", "s", None), made("b", "q", "t", None)], ItemStore())
     nothing = Estimate(None, None, None, 0, 0)
     assert row.audio == row.video == row.invented == nothing and row.unparsed.value == 1.0
 
@@ -137,7 +143,7 @@ def test_agreement_is_the_correlation_of_ranks():
 
 
 def test_scores_are_added_and_replaced(subject):
-    findings = Findings("m", None, None, "test", "h", 2, {"draws": 20, "seed": 0}, labels={"dog": ["a dog", "a dog barking"]})
+    findings = Findings("m", None, None, "test", "h", 2, {}, labels={"dog": ["a dog", "a dog barking"]})
     with pytest.raises(JudgeError, match="no captions"):
         add_scores(findings, LabelsJudge(findings.labels))
     findings.captions = [made("a", "p", "s", None)]
@@ -150,6 +156,17 @@ def test_scores_are_added_and_replaced(subject):
 
 def test_captions_survive_the_file(told, tmp_path):
     tally, _ = told
-    findings = Findings("m", None, None, "test", "h", 2, {}, captions=tally.captions, fidelity=tally.rows(20, 0), labels={"dog": ["a dog", "woof"]})
+    findings = Findings(
+        "m",
+        None,
+        None,
+        "test",
+        "h",
+        2,
+        {},
+        captions=tally.captions,
+        fidelity=fidelity_rows(tally.captions, ItemStore()),
+        labels={"dog": ["a dog", "woof"]},
+    )
     findings.save(tmp_path / "f.json")
     assert Findings.load(tmp_path / "f.json") == findings

@@ -417,7 +417,7 @@ def test_a_dead_or_mute_endpoint_is_named(tmp_path):
 
 def findings_with(captions):
     labels = {name: list(phrases) for name, phrases in LABELS.items()}
-    return Findings("m", None, None, "test", "hash", 2, {"draws": 50, "seed": 0}, labels=labels, captions=captions)
+    return Findings("m", None, None, "test", "hash", 2, {}, labels=labels, captions=captions)
 
 
 def judge(*arguments):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.events import verdict
+from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep, asked, designated, windows
 from analysis.visits import Visit
 from models import SITES, Cut, CutError
@@ -74,7 +75,7 @@ def test_answers_under_a_cut_equal_greedy_decoding_without_a_cache(sweep, subjec
 
 def test_rows(sweep, model):
     sweep, best, _ = sweep
-    rows = sweep.rows(100, 0)
+    rows = sweep.rows(ItemStore())
     sizes = {"window": 2, "from": 3, "all": 1}
     for condition, n, media in (("counterfactual", 12, 8), ("factual", 4, 4)):
         for site in SITES:

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from analysis.reliance import grid_effects
-from analysis.statistics import Dyads, ratio_bootstrap
+from analysis.statistics import Dyads, Intervals
 from analysis.yes_no import said
 
 ROOT = Path(__file__).parents[2]
@@ -78,9 +78,9 @@ def test_shortcut_index(metric):
     margins = rng.normal(size=(20, 4))
     first, second = [f"c{i % 5}" for i in range(20)], [f"c{5 + i % 4}" for i in range(20)]
     audio, video = grid_effects(margins)
-    wanted = ratio_bootstrap(video, audio, Dyads(first, second), 100, 7)
+    wanted = Intervals(Dyads(first, second), 20).ratio(video, audio)
     got = metric("shortcut_index").compute(
-        **dict(zip(("oo", "ox", "xo", "xx"), margins.T.tolist(), strict=True)), modality="hear", first=first, second=second, draws=100, seed=7
+        **dict(zip(("oo", "ox", "xo", "xx"), margins.T.tolist(), strict=True)), modality="hear", first=first, second=second
     )
     assert (got["shortcut"], got["low"], got["high"], got["n"], got["clusters"]) == (wanted.value, wanted.low, wanted.high, 20, 9)
     with pytest.raises(ValueError, match="both or neither"):

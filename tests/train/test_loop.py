@@ -17,7 +17,7 @@ from tests.train.conftest import BUILD
 from train.config import SchedulePart
 from train.loop import default_threads, learning_rate, main
 
-QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "draws": 10}
+QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "flips": 10}
 TEST = QUICK | {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
 
 

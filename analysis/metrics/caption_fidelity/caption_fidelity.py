@@ -5,6 +5,7 @@ import evaluate
 
 from analysis.fidelity import fidelity_rows
 from analysis.findings import Caption
+from analysis.items import ItemStore
 from analysis.judges import LabelsJudge
 
 DESCRIPTION = """\
@@ -47,6 +48,6 @@ class CaptionFidelityMetric(evaluate.Metric):
         captions = [Caption(str(i), "", "", modality, "", None, answer, s, h, str(i), str(i), []) for i, (answer, s, h) in enumerate(rows)]
         for caption, read in zip(captions, LabelsJudge(known).judge(captions), strict=True):
             caption.scores.append(read)
-        (row,) = fidelity_rows(captions, draws=1, seed=0)
+        (row,) = fidelity_rows(captions, ItemStore())
         audio, video = (None if side is None else side.value for side in (row.audio, row.video))
         return {"audio": audio, "video": video, "unparsed": row.unparsed.value, "invented": row.invented.value, "n": len(captions)}

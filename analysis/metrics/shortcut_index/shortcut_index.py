@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from analysis.reliance import grid_effects
-from analysis.statistics import Dyads, ratio_bootstrap
+from analysis.statistics import Dyads, Intervals
 
 DESCRIPTION = """\
 How far the stream decides that was not asked about. Of each pair of clips i, j there are four cells: picture and sound of i (o) or of j (x). In each,
@@ -15,7 +15,7 @@ Shortcut Index = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its m
 INPUTS = """\
 oo, ox, xo, xx: the margin m of each cell, one entry a grid; the first letter is the picture's clip, the second the sound's.
 modality: "hear" or "see".
-first, second: optional, the name of clip i and of clip j of each grid (or of their sources); then the 95 % bootstrap interval is given as well.
+first, second: optional, the name of clip i and of clip j of each grid (or of their sources); then the 95 % interval is given as well.
 Returns shortcut (None where both effects are 0), effect_audio, effect_video, n; with names low, high, clusters.
 
 >>> metric = evaluate.load("analysis/metrics/shortcut_index")
@@ -24,7 +24,7 @@ Returns shortcut (None where both effects are 0), effect_audio, effect_video, n;
 """
 
 CITATION = """\
-The Shortcut Index is after DMC-Repair; intervals by the vertex bootstrap of Snijders & Borgatti (1999), Connections 22(2)."""
+The Shortcut Index is after DMC-Repair; intervals by Fieller's theorem on the dyadic variance of Fafchamps & Gubert (2007)."""
 
 
 class ShortcutIndex(evaluate.Metric):
@@ -34,7 +34,7 @@ class ShortcutIndex(evaluate.Metric):
         features = datasets.Features({cell: datasets.Value("float64") for cell in ("oo", "ox", "xo", "xx")})
         return evaluate.MetricInfo(description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features)
 
-    def _compute(self, oo, ox, xo, xx, modality, first=None, second=None, draws=1000, seed=0):
+    def _compute(self, oo, ox, xo, xx, modality, first=None, second=None):
         if modality not in ("hear", "see"):
             raise ValueError(f'modality has to be "hear" or "see", not {modality!r}.')
         if (first is None) != (second is None):
@@ -42,6 +42,6 @@ class ShortcutIndex(evaluate.Metric):
         audio, video = grid_effects(list(zip(oo, ox, xo, xx, strict=True)))
         shortcut, other = (video, audio) if modality == "hear" else (audio, video)
         clusters = range(len(oo)) if first is None else Dyads(first, second)
-        found = ratio_bootstrap(shortcut, other, clusters, draws, seed)
+        found = Intervals(clusters, len(oo)).ratio(shortcut, other)
         out = {"shortcut": found.value, "effect_audio": float(audio.mean()), "effect_video": float(video.mean()), "n": found.n}
         return out if first is None else {**out, "low": found.low, "high": found.high, "clusters": found.clusters}
