@@ -31,6 +31,9 @@ PAIRS = list(itertools.combinations("ABCDEFGHI", 2))
 GRIDS = ([f"{i}{j}" for i, j in PAIRS], Dyads([i for i, _ in PAIRS], [j for _, j in PAIRS]))
 
 
+CUTS = [(0, "from"), (0, "all"), (1, "from")]  # the first two are one window of two families
+
+
 def kept(verdicts, scores, audio=(), video=(), clips=CLIPS):
     """Items: what each clip's answer names; s under two cuts; effects of grids; KL of two tokens, then of 0, 1 and 3."""
     store = ItemStore()
@@ -38,8 +41,8 @@ def kept(verdicts, scores, audio=(), video=(), clips=CLIPS):
     for measure in ("audio", "vision", "both", "neither", "unparsed", "correct"):
         named = "audio" if measure == "correct" else measure
         group.keep(Key("following", "counterfactual", "hear", "", measure), [v == named for v in verdicts])
-    for k in range(2):
-        item = cut_item("video->emitters", k, 2, "from")
+    for k, family in CUTS:
+        item = cut_item("video->emitters", k, 2, family)
         group.keep(Key("knockout", "counterfactual", "hear", item, "delta_logprob"), np.array(scores) - k)
     if len(verdicts) == 4:
         group.keep(Key("shift", "counterfactual", None, "all", "kl"), np.array(scores) * 2, [2, 0, 1, 3])
@@ -55,7 +58,7 @@ def findings(audio, items, **changes):
         following=[Following("counterfactual", "hear", e(audio), e(0.5), e(0.0), e(0.0), e(0.0), e(audio))],
         reliance=[Reliance("hear", d(1.0), d(1.0), e(0.5))],
         knockout=[
-            CutEffect("video->emitters", k, 2, "from", "counterfactual", "hear", d(1.0 - k), d(1.0), e(0.9 - k / 2), e(0.1)) for k in range(2)
+            CutEffect("video->emitters", k, 2, family, "counterfactual", "hear", d(1.0 - k), d(1.0), e(0.9 - k / 2), e(0.1)) for k, family in CUTS
         ],
         probes=[Probe("audio", "audio", [e(0.1), e(0.7), e(0.6)], [0.1] * 3, None, None, [0.0, 0.6, 0.5], "2 folds")],
         latent=Latent(1, e(0.4), e(audio)),

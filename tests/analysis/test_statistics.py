@@ -183,9 +183,10 @@ def test_fieller_by_hand():
 def test_fieller_holds_what_is_not_rejected(signs):
     """Every r inside is not rejected, every r outside is, with the test written out."""
     rng = np.random.default_rng(3)
-    clusters = designs(rng, 40)["dyads"]
-    part, other = signs[0] * (0.4 + rng.normal(size=40)), signs[1] * (0.8 + rng.normal(size=40))
-    intervals = Intervals(clusters, 40)
+    pairs = list(itertools.combinations(range(20), 2))
+    clusters, noise = Dyads([i for i, _ in pairs], [j for _, j in pairs]), rng.normal(size=(2, 190))
+    part, other = signs[0] * (0.4 + noise[0]), signs[1] * (0.8 + 0.7 * noise[0] + 0.3 * noise[1])
+    intervals = Intervals(clusters, 190)
     found = intervals.ratio(part, other)
     t = stats.t.ppf(0.975, intervals.spread(shortcut(part, other)[1][:, None]).freedom[0])
     error = intervals.spread(np.stack([part - part.mean(), other - other.mean(), part + other - part.mean() - other.mean()], 1)).error ** 2
@@ -196,7 +197,7 @@ def test_fieller_holds_what_is_not_rejected(signs):
             z = part.mean() * (1 - r) - s * r * other.mean()
             if z**2 <= t**2 * (error[0] * (1 - r) ** 2 - 2 * s * cov * r * (1 - r) + error[1] * r**2):
                 kept.append(r)
-    assert (found.low, found.high) == pytest.approx((min(kept), max(kept)), abs=6e-4)
+    assert (found.low, found.high) == pytest.approx((min(kept), max(kept)), abs=6e-4) and found.low > 0 and found.high < 0.6
 
 
 def test_influence_of_the_shortcut_is_its_derivative():
