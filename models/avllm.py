@@ -29,6 +29,7 @@ from transformers import DynamicCache
 from data.clips import Clip
 from data.media import read_audio, read_video
 from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
+from models.reuse import Decoding, Reuse
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AUDIO_RATE = 16_000
@@ -393,24 +394,48 @@ class AVLLM(ABC):
         flow: also return attention mass (3, L, N, 2, kinds); see FlowTap. Raises CutError where a cut should have been given to `prefill`.
         """
         self._check_prefix_cuts(prefix, which, cuts)
-        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
         kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
-        cache, position = self._select(prefix, which)
-        tap = FlowTap() if flow else None
-        state, _, hidden_states = self._step(ids, kinds, prefix.kinds[list(which)], position, cache, cuts, hidden, tap)
         targets = _pad([s.targets for s in suffixes], -100).to(self.device)
-        rows = (
-            (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(max(1, targets.shape[1]))).clamp_max(ids.shape[1] - 1).to(self.device)
-        )
-        logits = self.head(torch.gather(state, 1, rows[..., None].expand(-1, -1, state.shape[-1])))
+        steps = torch.arange(max(1, targets.shape[1]))
+        tap, hidden_states = FlowTap() if flow else None, None
+        if hidden or flow:
+            state, hidden_states = self._whole(prefix, which, suffixes, kinds, cuts, hidden, tap)
+            rows = torch.tensor([s.first for s in suffixes])[:, None] + steps
+            emitters = torch.gather(state, 1, rows.clamp_max(kinds.shape[1] - 1).to(self.device)[..., None].expand(-1, -1, state.shape[-1]))
+        else:
+            emitters = self._emitters(prefix, which, suffixes, cuts, len(steps))
         return Output(
-            logits,
+            self.head(emitters),
             targets,
             _pad([s.span for s in suffixes], False).to(self.device),
             kinds,
             hidden_states,
             torch.stack([tap.mass[layer] for layer in range(self.n_layers)], dim=1) if tap else None,
         )
+
+    @torch.no_grad()
+    def logprobs(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> torch.Tensor:
+        """(N, A) log-probability of each answer token, in nats; 0 where padded. As `extend(...).logprobs()`, for any number of jobs: logits are made
+        some at a time."""
+        self._check_prefix_cuts(prefix, which, cuts)
+        targets = _pad([s.targets for s in suffixes], -100).to(self.device)
+        emitters = self._emitters(prefix, which, suffixes, cuts, max(1, targets.shape[1]))
+        some = max(1, (1 << 22) // (self.head.weight.shape[0] * emitters.shape[1]))
+        return torch.cat([answer_logprobs(self.head(e), t) for e, t in zip(emitters.split(some), targets.split(some), strict=True)])
+
+    @torch.no_grad()
+    def span_scores(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> torch.Tensor:
+        """(N,) s of docs/definitions.md: as `extend(...).span_score()`, for any number of jobs."""
+        span = _pad([s.span for s in suffixes], False).to(self.device)
+        return (self.logprobs(prefix, which, suffixes, cuts) * span).sum(1) / span.sum(1)
+
+    def _emitters(self, prefix: Prefix, which, suffixes, cuts: Cuts | None, steps: int) -> torch.Tensor:
+        """Normed states (N, steps, H) at the emitters of every job; where a job has fewer, its last one again."""
+        job = Reuse(self.text_model, prefix, which, suffixes, cuts if cuts is not None else [()] * len(which))
+        final, rows, _ = job.run()
+        length = job.answer.length[job.answer.of]
+        at = final.start[final.of][:, None] + np.minimum(np.arange(steps), length[:, None] - 1)
+        return self.text_model.norm(rows)[job.tensor(at)]
 
     @torch.no_grad()
     def generate(
@@ -427,48 +452,43 @@ class AVLLM(ABC):
     ) -> list[list[int]]:
         """Greedy answer tokens, without the end token."""
         self._check_prefix_cuts(prefix, which, cuts)
-        suffixes = [self.suffix(q) for q in questions]
-        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
-        kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
-        cache, position = self._select(prefix, which)
-        past = prefix.kinds[list(which)]
-        first = torch.tensor([s.first for s in suffixes], device=self.device)
-        answers: list[list[int]] = [[] for _ in suffixes]
-        done = torch.zeros(len(suffixes), dtype=torch.bool, device=self.device)
-        state, past, _ = self._step(ids, kinds, past, position, cache, cuts, False, None)
-        position = position + first + 1
-        last = state[torch.arange(len(suffixes)), first]
-        for _ in range(max_new_tokens):
-            token = self.head(last).argmax(-1)
-            done = done | (token == self.end_id)
-            for i in range(len(answers)):
+        known = {q: self.suffix(q) for q in dict.fromkeys(questions)}
+        job = Reuse(self.text_model, prefix, which, [known[q] for q in questions], cuts if cuts is not None else [()] * len(which), max_new_tokens)
+        decoding = Decoding(job, max_new_tokens)
+        said: list[list[int]] = [[] for _ in decoding.jobs]
+        alive = list(range(len(said)))  # what each row of `decoding` is
+        done = [False] * len(said)
+        for step in range(max_new_tokens):
+            token = self.head(self.text_model.norm(decoding.states)).argmax(-1)
+            for i, t in zip(alive, token.tolist(), strict=True):
+                done[i] = done[i] or t == self.end_id
                 if not done[i]:
-                    answers[i].append(int(token[i]))
-            if bool(done.all()):
+                    said[i].append(t)
+            left = [row for row, i in enumerate(alive) if not done[i]]
+            if not left or step + 1 == max_new_tokens:
                 break
-            kinds = torch.full((len(suffixes), 1), int(Kind.EMITTER), device=self.device)
-            state, past, _ = self._step(token[:, None], kinds, past, position, cache, cuts, False, None)
-            position, last = position + 1, state[:, 0]
-        return answers
+            if len(left) <= 0.75 * len(alive):
+                decoding.keep(left)
+                alive, token = [alive[row] for row in left], token[left]
+            decoding.feed(token)
+        return [list(said[i]) for i in decoding.of]
 
-    def _select(self, prefix: Prefix, which: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
+    def _whole(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], kinds: torch.Tensor, cuts: Cuts | None, hidden: bool, tap):
+        """Every suffix row in every layer, for taps: normed states (N, S, H), and L + 1 hidden states or None."""
         index = torch.tensor(list(which), device=self.device)
-        pairs = [(k[index], v[index]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
-        return DynamicCache(pairs), prefix.next_position[index]
-
-    def _step(self, ids, kinds, past_kinds, position, cache, cuts, hidden, tap):
-        """Rows `ids` (N, S) on top of a cache. Returns normed states (N, S, H), kinds of all keys, hidden states or None."""
-        all_kinds = torch.cat([past_kinds, kinds], 1)
+        cache = DynamicCache([(k[index], v[index]) for k, v in zip(prefix.keys, prefix.values, strict=True)])
+        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
+        all_kinds = torch.cat([prefix.kinds[index], kinds], 1)
         out = self.text_model(
             inputs_embeds=self.text_model.embed_tokens(ids),
-            position_ids=(position[:, None] + torch.arange(ids.shape[1], device=self.device)).expand(3, -1, -1),
+            position_ids=(prefix.next_position[index][:, None] + torch.arange(ids.shape[1], device=self.device)).expand(3, -1, -1),
             attention_mask=(all_kinds != Kind.PAD).long(),
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=hidden,
             instruments=Instruments(all_kinds, cuts or (), tap) if cuts is not None or tap is not None else None,
         )
-        return out.last_hidden_state, all_kinds, out.hidden_states if hidden else None
+        return out.last_hidden_state, out.hidden_states if hidden else None
 
     def _check_prefix_cuts(self, prefix: Prefix, which: Sequence[int], cuts: Cuts | None) -> None:
         given: Sequence[tuple[Cut, ...]] = cuts if cuts is not None else [()] * len(which)
