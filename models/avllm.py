@@ -25,9 +25,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.clips import Clip
 from data.media import read_audio, read_video
+from data.questions import question
 from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
 from models.reuse import Decoding, Reuse
 
@@ -94,6 +97,7 @@ class Batch:
     targets: torch.Tensor
     span: torch.Tensor
     kinds: torch.Tensor
+    media: tuple[Media, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch elsewhere."""
@@ -115,6 +119,7 @@ class Prefix:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     cuts: Cuts
+    media: tuple[Media, ...]
     hidden: tuple[torch.Tensor, ...] | None = None
 
     @property
@@ -207,6 +212,7 @@ class AVLLM(ABC):
         self.n_layers = len(self.text_model.layers)
         self.hidden_size = self.text_model.config.hidden_size
         self.dtype = next(self.text_model.parameters()).dtype
+        self.passed: tuple[Any, ...] | None = None  # `instrument()` at the last self-check that passed
         self._streams: dict[tuple[str, str], StreamFeatures] = {}
         self._layouts: dict[tuple, Layout] = {}
 
@@ -300,9 +306,9 @@ class AVLLM(ABC):
         out = torch.empty(int(self.is_media(layout.ids).sum()), self.hidden_size, dtype=self.dtype)
         video_rows = (layout.ids == self.video_id)[self.is_media(layout.ids)]
         if media.video is not None:
-            out[video_rows] = media.video.features
+            out[video_rows] = media.video.features.to(self.dtype)
         if media.audio is not None:
-            out[~video_rows] = media.audio.features
+            out[~video_rows] = media.audio.features.to(self.dtype)
         return out
 
     def is_media(self, ids: torch.Tensor) -> torch.Tensor:
@@ -347,10 +353,11 @@ class AVLLM(ABC):
             "segments": _pad(segments, 0),
             "rows": rows,
         }
-        return Batch(inputs, targets, _pad([e.suffix.span for e in examples], False), padded_kinds).to(self.device)
+        return Batch(inputs, targets, _pad([e.suffix.span for e in examples], False), padded_kinds, tuple(e.media for e in examples)).to(self.device)
 
     def forward(self, batch: Batch, cuts: Cuts = ()) -> torch.Tensor:
         """Logits (N, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts)`; `cuts` holds one tuple a sequence."""
+        self._require_check(batch.media, cuts)
         return self.decoder(**batch.inputs, cuts=cuts)
 
     # ---------------------------------------------------------------- two-phase inference
@@ -358,6 +365,7 @@ class AVLLM(ABC):
     @torch.no_grad()
     def prefill(self, media: Sequence[Media], cuts: Cuts | None = None, hidden: bool = False) -> Prefix:
         """Run the system and media rows of N clips. `cuts`: one tuple a clip, needed where a cut's target lies in the media."""
+        self._require_check(media, cuts)
         layouts = [self.layout(m) for m in media]
         ids = _pad([p.ids for p in layouts], self.pad_id).to(self.device)
         kinds = _pad([p.kinds for p in layouts], Kind.PAD).to(self.device)
@@ -381,6 +389,7 @@ class AVLLM(ABC):
             [layer.keys for layer in cache.layers],
             [layer.values for layer in cache.layers],
             cuts or (),
+            tuple(media),
             out.hidden_states if hidden else None,
         )
 
@@ -501,6 +510,32 @@ class AVLLM(ABC):
             for cut in wanted:
                 if cut.stop > self.n_layers:
                     raise CutError(f"A cut of layers [{cut.start}, {cut.stop}) does not fit a model of {self.n_layers} layers.")
+        self._require_check(prefix.media, cuts)
+
+    def instrument(self) -> tuple[Any, ...]:
+        """What a self-check holds for: the modules (LoRA exchanges them), the attention they are told to use, and what transformers has for it."""
+        name = self.text_model.config._attn_implementation
+        return (
+            self.thinker,
+            self.adapter,
+            name,
+            dict(ALL_ATTENTION_FUNCTIONS.items()).get(name),
+            dict(ALL_MASK_ATTENTION_FUNCTIONS.items()).get(name),
+        )
+
+    def _require_check(self, media: Sequence[Media], cuts: Cuts | None) -> None:
+        """Run the self-check where these are the first cuts on the model as it is now. Raises CutError if it fails or no clip here can serve."""
+        if not any(cuts or ()) or self.passed == self.instrument():
+            return
+        from models.selfcheck import self_check
+
+        usable = next((m for m in media if m.video is not None and m.audio is not None), None)
+        if usable is None:
+            raise CutError(
+                "Cuts have not been checked on this model yet, and no clip given has both sound and picture: "
+                "call models.self_check(model, media, question) with one that has."
+            )
+        self_check(self, usable, question("hear"))
 
     def lens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logit lens: logits (..., V) of states (..., H) through the final norm and the head."""

@@ -153,7 +153,7 @@ class Reuse:
         self._rotate(last + further)
         config = text_model.config
         on_cpu = self.device.type == "cpu"
-        budget = (1 << 22) if on_cpu else (1 << 27)  # elements of one temporary
+        budget = (1 << 21) if on_cpu else (1 << 24)  # elements of one temporary
         widest = max(3 * config.intermediate_size // 2, config.num_attention_heads * self.kinds.shape[1])
         self.block = min(max(budget // widest, 64), 8192)
 
