@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from models.attention import IMPLEMENTATION, SITES, Cut, CutError, Cuts, FlowTap, Instruments, Kind
-from models.avllm import AVLLM, Batch, Media, Prefix, StreamFeatures, Suffix
+from models.avllm import AVLLM, Batch, Example, Media, Prefix, StreamFeatures, Suffix
 from models.reuse import Decoding, Reuse
 
 # Largest difference of two exact computations, relative to the largest logit.
@@ -21,7 +21,8 @@ ANSWERS = ("I see and hear this.", "Both.", "I hear this and I see that.", "This
 
 @torch.no_grad()
 def self_check(model: AVLLM, media: Media, question: str) -> None:
-    """Raise CutError unless all of this holds on the clip, in a ragged, padded batch of 8 (two clips with one stream only) and in a batch of 1:
+    """Raise CutError unless all of this holds, in a ragged, padded batch of 8 made of the clip's beginnings and single streams and (1 and 5) for the
+    whole clip in a batch of 1:
 
     1. with nothing blocked, the instrumented path is exactly the same path without instruments, and within the dtype's tolerance the stock model
        under `sdpa` and under `eager`;
@@ -54,9 +55,12 @@ class _Check:
         self.model, self.layers, self.media = model, model.n_layers, media
         self.sites = list(SITES)
         questions = (question, f"Listen. {question}", f"And now: {question}")
-        self.clips = [media] * len(self.sites)
-        self.clips[self.sites.index("video->emitters")] = Media(media.video, None)  # shorter prefixes, so that there is padding before suffixes
-        self.clips[self.sites.index("audio->question+emitters")] = Media(None, media.audio)
+        # Beginnings of the clip, of two lengths, and single streams: ragged prefixes, with padding before their suffixes, and little work.
+        some, less = shortened(model, media, 72), shortened(model, media, 48)
+        self.short = self.sites.index("video->question")  # the row used alone
+        self.clips = [some, less] * (len(self.sites) // 2)
+        self.clips[self.sites.index("video->emitters")] = Media(some.video, None)
+        self.clips[self.sites.index("audio->question+emitters")] = Media(None, some.audio)
         self.examples = [model.sequence(m, questions[i % 3], ANSWERS[i % 4]) for i, m in enumerate(self.clips)]
         self.suffixes = [e.suffix for e in self.examples]
         self.batch = model.batch(self.examples, share=False)
@@ -64,7 +68,7 @@ class _Check:
 
     def run(self) -> None:
         plain = self.nothing_blocked(self.batch)
-        self.nothing_blocked(self.model.batch(self.examples[1:2], share=False))
+        self.whole_clip()
         for start, stop in ((0, self.layers), (self.layers // 2, self.layers // 2 + 1)):
             cuts = [(Cut.at(site, start, stop),) for site in self.sites]
             states = self.states(self.batch, Instruments(self.batch.kinds, cuts))
@@ -90,14 +94,14 @@ class _Check:
     def logits(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         return self.model.head(states.flatten(0, 1)[batch.inputs["rows"]])
 
-    def nothing_blocked(self, batch: Batch) -> torch.Tensor:
+    def nothing_blocked(self, batch: Batch, stocks: Sequence[str] = ("sdpa", "eager")) -> torch.Tensor:
         """1. Returns the states."""
         text, n = self.model.text_model, len(batch.kinds)
         plain, real = self.states(batch, Instruments(batch.kinds, [()] * n)), batch.kinds != Kind.PAD
         if not torch.equal(plain[real], self.states(batch, None)[real]):
             raise CutError("With nothing blocked the instrumented attention changes the output.")
         ours = self.logits(batch, plain)
-        for stock in ("sdpa", "eager"):
+        for stock in stocks:
             text.set_attn_implementation(stock)
             try:
                 theirs = self.logits(batch, self.states(batch, None))
@@ -107,6 +111,17 @@ class _Check:
                 ours, theirs, batch.targets != -100, f"With nothing blocked, the instrumented attention in a batch of {n} is not the stock {stock}"
             )
         return plain
+
+    def whole_clip(self) -> None:
+        """1 and 5 on all of the clip, in a batch of 1."""
+        suffix = self.suffixes[self.short]
+        self.nothing_blocked(self.model.batch([self.examples[self.short]]))
+        batch = self.model.batch([Example(self.media, suffix)])
+        self.nothing_blocked(batch, ["sdpa"])
+        cuts = [(Cut.at("video->question", 0, self.layers),)]
+        whole = self.logits(batch, self.states(batch, Instruments(batch.kinds, cuts)))
+        got = self.model.extend(self.model.prefill([self.media]), [0], [suffix], cuts).logits
+        self.same(got, whole, batch.targets != -100, "Scoring the whole clip is not the whole pass")
 
     def rows(self, cuts: Cuts, plain: torch.Tensor, states: torch.Tensor) -> None:
         """3 and 4, in one pass."""
@@ -138,9 +153,6 @@ class _Check:
             raise CutError(f"The instrumented attention ran in layers {sorted(tap.mass)} only; something replaced it in the others.")
         if tap.blocked_weight != 0.0:
             raise CutError(f"Blocked pairs still get weight {tap.blocked_weight:.2e}.")
-        one = self.sites.index("audio->question")
-        got = model.extend(model.prefill([self.media]), [0], [self.suffixes[one]], [cuts[one]]).logits
-        self.same(got[0], whole[one, : got.shape[1]], self.wanted[one, : got.shape[1]], "Scoring in a batch of 1 is not the whole pass")
         decoding, steps = self.decoding(prefix, range(n), cuts), min(3, int(self.wanted.sum(1).min()))
         for step in range(steps):
             said = model.head(model.text_model.norm(decoding.states))[torch.as_tensor(decoding.of, device=whole.device)]
@@ -150,7 +162,7 @@ class _Check:
 
     def blocked_media(self) -> None:
         """2 for cuts between the streams: what the target's rows become does not depend on the source at all."""
-        clip, model = self.media, self.model
+        clip, model = self.clips[self.short], self.model
         assert clip.video is not None and clip.audio is not None
         others = [Media(_noise(clip.video), clip.audio), Media(clip.video, _noise(clip.audio))]
         cuts: Cuts = [(Cut.at(site, 0, self.layers),) for site in ("video->audio", "audio->video")]
@@ -168,7 +180,7 @@ class _Check:
         cuts: Cuts = [(Cut.at(f"{source}->question+emitters", 0, self.layers),) for source in ("video", "audio")] + [(), ()]
         clips, suffixes = [0, 1, 0, 1], self.suffixes[1:5]
         shortest = min(len(s.targets) for s in suffixes)
-        same = model.prefill([self.media] * 2)
+        same = model.prefill([self.clips[self.short]] * 2)
         blocked = torch.stack([same.kinds[0] == Kind.VIDEO, same.kinds[1] == Kind.AUDIO])
         other = replace(same, keys=[_scrambled(k, blocked) for k in same.keys], values=[_scrambled(v, blocked) for v in same.values])
         results = []
@@ -197,6 +209,23 @@ class _Check:
         error, most = float((a - b).abs().max()), TOLERANCE[self.model.dtype] * float(b.abs().max())
         if not error <= most:
             raise CutError(f"{complaint}: logits differ by {error:.1e}, more than {most:.1e}.")
+
+
+def shortened(model: AVLLM, media: Media, tokens: int) -> Media:
+    """The beginning of a clip with both streams, about `tokens` prompt rows long; the clip itself if it is no longer."""
+    assert media.video is not None and media.audio is not None
+    share = tokens / len(model.layout(media).ids)
+    if share >= 1:
+        return media
+    (t, h, w), (frames,) = media.video.size, media.audio.size
+    grids, frames = max(1, int(t * share)), max(min(frames, 16), int(frames * share))
+    sizes = Media(replace(media.video, size=(grids, h, w)), replace(media.audio, size=(frames,)))
+    ids = model.layout(sizes).ids
+    assert sizes.video is not None and sizes.audio is not None
+    return Media(
+        replace(sizes.video, features=media.video.features[: int((ids == model.video_id).sum())]),
+        replace(sizes.audio, features=media.audio.features[: int((ids == model.audio_id).sum())]),
+    )
 
 
 def _prompt(suffix: Suffix) -> Suffix:
