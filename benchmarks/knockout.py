@@ -400,13 +400,15 @@ def compare(args: argparse.Namespace) -> None:
         if dtype == torch.float32:
             assert error <= 1e-4, f"{name}: log-probabilities differ by {error:.1e}"
             assert not unequal, f"{name}: {unequal} captions differ"
-        total, total_captions = np.median(each) * len(given), np.median(spoken) * len(given)
+        # Every run of a baseline is the same work, so the best one stands for all: other people's load does not count for the engine.
+        once, once_captions = (np.mean(each), np.mean(spoken)) if args.full else (min(each), min(spoken))
+        total, total_captions = once * len(given), once_captions * len(given)
         print(f"\nagainst {name} ({baseline.implementation}): log-probabilities agree to {error:.1e} (cuts change them by up to {change:.2f}), "
               f"captions differ in {unequal} of {len(some)}")  # fmt: skip
         line = "  {:<46} {:>9.3f} s / {:>8.4f} s = {:>6.1f}x   target {}"
         main = name == "published"
         print(line.format("all by scoring", total, time_ours, total / time_ours, ">= 20" if main else "-"))
-        print(line.format("each further cut into emitters", np.median(each), further, np.median(each) / further, ">= 30" if main else "-"))
+        print(line.format("each further cut into emitters", once, further, once / further, ">= 30" if main else "-"))
         print(line.format("all captions", total_captions, time_captions, total_captions / time_captions, ">= 8" if main else "-"))
     operations, passes = must_recompute(model, cuts, prefix_rows, suffix.first, ANSWER)
     rate = throughput(model, 512, prefix_rows, args.repeats)

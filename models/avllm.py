@@ -363,9 +363,15 @@ class AVLLM(ABC):
     # ---------------------------------------------------------------- two-phase inference
 
     @torch.no_grad()
-    def prefill(self, media: Sequence[Media], cuts: Cuts | None = None, hidden: bool = False) -> Prefix:
-        """Run the system and media rows of N clips. `cuts`: one tuple a clip, needed where a cut's target lies in the media."""
+    def prefill(self, media: Sequence[Media], cuts: Cuts | None = None, hidden: bool = False, clean: Prefix | None = None) -> Prefix:
+        """Run the system and media rows of N clips. `cuts`: one tuple a clip, needed where a cut's target lies in the media.
+
+        clean: an uncut prefix whose first N clips are these, made with `hidden=True`: layers below the first one cut are taken from it, not computed.
+        """
         self._require_check(media, cuts)
+        start = min((c.start for cut in cuts or () for c in cut), default=0)
+        if clean is not None and cuts is not None and start > 0:
+            return self._resume(clean, list(media), cuts, start, hidden)
         layouts = [self.layout(m) for m in media]
         ids = _pad([p.ids for p in layouts], self.pad_id).to(self.device)
         kinds = _pad([p.kinds for p in layouts], Kind.PAD).to(self.device)
@@ -391,6 +397,38 @@ class AVLLM(ABC):
             cuts or (),
             tuple(media),
             out.hidden_states if hidden else None,
+        )
+
+    def _resume(self, clean: Prefix, media: list[Media], cuts: Cuts, start: int, hidden: bool) -> Prefix:
+        """`prefill` from layer `start` on."""
+        n, text = len(media), self.text_model
+        if (
+            clean.hidden is None
+            or any(clean.cuts)
+            or [id(s) for m in clean.media[:n] for s in (m.video, m.audio)] != [id(s) for m in media for s in (m.video, m.audio)]
+        ):
+            raise CutError("`clean` must be an uncut prefix made with hidden=True whose first clips are the ones given.")
+        if len(cuts) != n:
+            raise CutError(f"One tuple of cuts a clip is needed: {len(cuts)} for {n}.")
+        kinds, states = clean.kinds[:n], [h[:n] for h in clean.hidden[: start + 1]]
+        positions = _pad([self.layout(m).positions.T for m in media], 0).permute(2, 0, 1).to(self.device)
+        positions = nn.functional.pad(positions, (0, kinds.shape[1] - positions.shape[2]))
+        rotary = text.rotary_emb(states[0], positions)
+        seen = torch.ones(kinds.shape[1], kinds.shape[1], dtype=torch.bool, device=self.device).tril() & (kinds != Kind.PAD)[:, None, None]
+        cache: Any = DynamicCache(config=text.config)
+        instruments, state = Instruments(kinds, cuts), states[-1]
+        for layer in text.layers[start:]:
+            state = layer(state, attention_mask=seen, position_embeddings=rotary, past_key_values=cache, use_cache=True, instruments=instruments)
+            states.append(state)
+        keys, values = ([k[:n] for k in part[:start]] for part in (clean.keys, clean.values))
+        return Prefix(
+            kinds,
+            clean.next_position[:n],
+            keys + [layer.keys for layer in cache.layers[start:]],
+            values + [layer.values for layer in cache.layers[start:]],
+            cuts,
+            tuple(media),
+            tuple(states) if hidden else None,
         )
 
     @torch.no_grad()

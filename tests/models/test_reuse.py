@@ -201,6 +201,32 @@ def test_rows_and_layers_that_a_cut_cannot_change_are_not_computed(zoo):
     assert computed([(Cut.at("video->emitters", 0, 1),), (Cut.at("video->emitters", 0, 3),)]) == [q + e, q + 2 * e, 2 * e]
 
 
+@pytest.mark.parametrize("site", INTO_MEDIA)
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 2), (1, 3), (2, 3)])
+def test_prefixes_under_cuts_resume_the_clean_one(zoo, site, start, stop):
+    model = zoo["two key heads"]
+    media = [whole_clip(model), Media(stream(model, "video", 1, 5), stream(model, "audio", 90, 6)), Media(stream(model, "video", 3, 7), None)]
+    clean, cuts = model.prefill(media, hidden=True), [(Cut.at(site, start, stop),)] * 2
+    got, expected = model.prefill(media[:2], cuts, hidden=True, clean=clean), model.prefill(media[:2], cuts, hidden=True)
+    real = expected.kinds != Kind.PAD
+    for ours, theirs in zip([*got.hidden, *got.keys, *got.values], [*expected.hidden, *expected.keys, *expected.values], strict=True):
+        rows = theirs.shape[-2] if theirs.ndim == 3 else theirs.shape[2]
+        ours = ours[..., :rows, :]
+        for i in range(2):
+            torch.testing.assert_close(ours[i][..., real[i], :], theirs[i][..., real[i], :], atol=1e-5, rtol=0)
+    if start:
+        assert got.keys[0].data_ptr() == clean.keys[0].data_ptr()  # shared, not copied
+    suffixes = [model.suffix(QUESTIONS[0], "This.")] * 2
+    torch.testing.assert_close(
+        model.extend(got, [0, 1], suffixes, cuts).logits, model.extend(expected, [0, 1], suffixes, cuts).logits, atol=1e-5, rtol=0
+    )
+    if start:
+        with pytest.raises(CutError, match="uncut prefix"):
+            model.prefill(media[1:], cuts, clean=clean)
+        with pytest.raises(CutError, match="uncut prefix"):
+            model.prefill(media[:2], cuts, clean=expected)
+
+
 def test_bfloat16(zoo, tmp_path):
     """As exact as the whole pass in bfloat16 is, against float32."""
     exact = zoo["two key heads"]
