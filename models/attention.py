@@ -166,8 +166,109 @@ class Instruments:
         return self._blocked[b""]
 
 
-def instrumented_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, instruments: Instruments | None = None, **kwargs):
+@dataclass
+class Packed:
+    """Rows of many sequences in one pass, (1, rows, H), on top of prefixes that they share: the attention of models/reuse.py.
+
+    A row attends to its clip's prefix, to the rows `past` of its own sequence and, causally, to the rows of its own run in this pass, under one
+    softmax. Prefix keys that are blocked for a row are left out of its products, so that their weight is exactly zero; blocked rows of the
+    sequence itself are masked.
+
+    keys, values: (clips, kv heads, P, head size) of this layer. shared: rows grouped by what they see of the prefix.
+    own: (runs, r) row numbers of each run, padded. allowed: (runs, 1, r, p + r) of past and own rows.
+    place: (rows,) where a row is in `own`, flattened.
+    past: keys and values (runs, kv heads, p, head size), or None.
+    keys_only: the pass is wanted for its keys and values alone; the result is zeros.
+    seen: after the pass, its keys and values, each (kv heads, rows, head size); None where the attention did not run.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    shared: Sequence[Shared]
+    own: torch.Tensor
+    allowed: torch.Tensor
+    place: torch.Tensor
+    past: tuple[torch.Tensor, torch.Tensor] | None = None
+    keys_only: bool = False
+    seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """query: (1, heads, rows, head size), key and value: (1, kv heads, rows, head size). Returns (1, rows, heads, head size)."""
+        key, value = key[0], value[0]
+        self.seen = key, value
+        (kv_heads, rows, size), groups = key.shape, query.shape[1] // key.shape[0]
+        if self.keys_only:
+            return query.new_zeros(1, rows, kv_heads * groups, size)
+        q = (query[0] * scaling).view(kv_heads, groups, rows, size)
+        # The rows of its own sequence: (runs, kv heads, groups * r, p + r).
+        n, r = self.own.shape
+        k, v = key[:, self.own].transpose(0, 1), value[:, self.own].transpose(0, 1)
+        if self.past is not None:
+            k, v = torch.cat([self.past[0], k], 2), torch.cat([self.past[1], v], 2)
+        mine = q[:, :, self.own].permute(2, 0, 1, 3, 4).reshape(n, kv_heads, groups * r, size)
+        scores = (mine @ k.transpose(2, 3)).float().view(n, kv_heads, groups, r, -1)
+        scores.masked_fill_(~self.allowed[:, :, None], float("-inf"))
+        top, total, out = _unnormalised(scores.flatten(2, 3), v)
+        top, total = (x.view(n, kv_heads, groups, r, 1).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, self.place] for x in (top, total))
+        out = out.view(n, kv_heads, groups, r, size).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, self.place]
+        for part in self.shared:  # merged by their logarithms' maxima, as if all keys had been in one row
+            c, m = part.rows.shape
+            k, v = part.of(self.keys), part.of(self.values)
+            asked = q[:, :, part.rows].permute(2, 0, 1, 3, 4).reshape(c, kv_heads, groups * m, size)
+            scores = (asked @ k.transpose(2, 3)).float()
+            if part.hidden is not None:
+                scores.masked_fill_(part.hidden[:, None, None], float("-inf"))
+            a, b, o = (x.view(c, kv_heads, groups, m, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, part.real] for x in _unnormalised(scores, v))
+            into = part.into
+            new = torch.maximum(top[:, :, into], a)
+            old, add = (top[:, :, into] - new).exp(), (a - new).exp()
+            out[:, :, into] = out[:, :, into] * old + o * add
+            total[:, :, into] = total[:, :, into] * old + b * add
+            top[:, :, into] = new
+        return (out / total).to(query.dtype).flatten(0, 1).transpose(0, 1)[None]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Rows of one pass that see the same keys of the same prefixes.
+
+    rows: (c, m) row numbers, c clips, padded. clips: which prefixes, (c,). kept: (c, K) which of their keys, padded, or None for the first `length`.
+    hidden: (c, K) True where a key is padding, or None. real: where the rows that are no padding lie in `rows`, flattened; into: their numbers.
+    """
+
+    rows: torch.Tensor
+    clips: tuple[int, ...]
+    kept: torch.Tensor | None
+    length: int
+    hidden: torch.Tensor | None
+    real: torch.Tensor
+    into: torch.Tensor
+
+    def of(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys (or values) these rows see, (c, kv heads, K, head size): a view where that is possible."""
+        first, last = self.clips[0], self.clips[-1]
+        in_order = self.clips == tuple(range(first, last + 1))
+        some = keys[first : last + 1] if in_order else keys[torch.tensor(self.clips, device=keys.device)]
+        if self.kept is None:
+            return some[:, :, : self.length]
+        if len(self.clips) == 1:
+            return some.index_select(2, self.kept[0])
+        return some.gather(2, self.kept[:, None, :, None].expand(-1, some.shape[1], -1, some.shape[3]))
+
+
+def _unnormalised(scores: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest score (..., rows, 1), sum of exp(score - largest), and the values (..., keys, size) weighted by these exponentials, in float32."""
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return top, weights.sum(-1, keepdim=True), (weights.to(value.dtype) @ value).float()
+
+
+def instrumented_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, instruments: Instruments | Packed | None = None, **kwargs
+):
     """SDPA with a dense boolean mask; `instruments` may block pairs and record attention mass. Shapes as in transformers."""
+    if isinstance(instruments, Packed):
+        return instruments.attend(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5), None
     if instruments is not None:
         rows, keys = query.shape[2], key.shape[2]
         if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.shape[-2:] != (rows, keys):

@@ -25,10 +25,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.clips import Clip
 from data.media import read_audio, read_video
+from data.questions import question
 from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
+from models.reuse import Decoding, Reuse
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AUDIO_RATE = 16_000
@@ -93,6 +97,7 @@ class Batch:
     targets: torch.Tensor
     span: torch.Tensor
     kinds: torch.Tensor
+    media: tuple[Media, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch elsewhere."""
@@ -114,6 +119,7 @@ class Prefix:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     cuts: Cuts
+    media: tuple[Media, ...]
     hidden: tuple[torch.Tensor, ...] | None = None
 
     @property
@@ -206,6 +212,7 @@ class AVLLM(ABC):
         self.n_layers = len(self.text_model.layers)
         self.hidden_size = self.text_model.config.hidden_size
         self.dtype = next(self.text_model.parameters()).dtype
+        self.passed: tuple[Any, ...] | None = None  # `instrument()` at the last self-check that passed
         self._streams: dict[tuple[str, str], StreamFeatures] = {}
         self._layouts: dict[tuple, Layout] = {}
 
@@ -299,9 +306,9 @@ class AVLLM(ABC):
         out = torch.empty(int(self.is_media(layout.ids).sum()), self.hidden_size, dtype=self.dtype)
         video_rows = (layout.ids == self.video_id)[self.is_media(layout.ids)]
         if media.video is not None:
-            out[video_rows] = media.video.features
+            out[video_rows] = media.video.features.to(self.dtype)
         if media.audio is not None:
-            out[~video_rows] = media.audio.features
+            out[~video_rows] = media.audio.features.to(self.dtype)
         return out
 
     def is_media(self, ids: torch.Tensor) -> torch.Tensor:
@@ -346,17 +353,25 @@ class AVLLM(ABC):
             "segments": _pad(segments, 0),
             "rows": rows,
         }
-        return Batch(inputs, targets, _pad([e.suffix.span for e in examples], False), padded_kinds).to(self.device)
+        return Batch(inputs, targets, _pad([e.suffix.span for e in examples], False), padded_kinds, tuple(e.media for e in examples)).to(self.device)
 
     def forward(self, batch: Batch, cuts: Cuts = ()) -> torch.Tensor:
         """Logits (N, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts)`; `cuts` holds one tuple a sequence."""
+        self._require_check(batch.media, cuts)
         return self.decoder(**batch.inputs, cuts=cuts)
 
     # ---------------------------------------------------------------- two-phase inference
 
     @torch.no_grad()
-    def prefill(self, media: Sequence[Media], cuts: Cuts | None = None, hidden: bool = False) -> Prefix:
-        """Run the system and media rows of N clips. `cuts`: one tuple a clip, needed where a cut's target lies in the media."""
+    def prefill(self, media: Sequence[Media], cuts: Cuts | None = None, hidden: bool = False, clean: Prefix | None = None) -> Prefix:
+        """Run the system and media rows of N clips. `cuts`: one tuple a clip, needed where a cut's target lies in the media.
+
+        clean: an uncut prefix whose first N clips are these, made with `hidden=True`: layers below the first one cut are taken from it, not computed.
+        """
+        self._require_check(media, cuts)
+        start = min((c.start for cut in cuts or () for c in cut), default=0)
+        if clean is not None and cuts is not None and start > 0:
+            return self._resume(clean, list(media), cuts, start, hidden)
         layouts = [self.layout(m) for m in media]
         ids = _pad([p.ids for p in layouts], self.pad_id).to(self.device)
         kinds = _pad([p.kinds for p in layouts], Kind.PAD).to(self.device)
@@ -380,7 +395,40 @@ class AVLLM(ABC):
             [layer.keys for layer in cache.layers],
             [layer.values for layer in cache.layers],
             cuts or (),
+            tuple(media),
             out.hidden_states if hidden else None,
+        )
+
+    def _resume(self, clean: Prefix, media: list[Media], cuts: Cuts, start: int, hidden: bool) -> Prefix:
+        """`prefill` from layer `start` on."""
+        n, text = len(media), self.text_model
+        if (
+            clean.hidden is None
+            or any(clean.cuts)
+            or [id(s) for m in clean.media[:n] for s in (m.video, m.audio)] != [id(s) for m in media for s in (m.video, m.audio)]
+        ):
+            raise CutError("`clean` must be an uncut prefix made with hidden=True whose first clips are the ones given.")
+        if len(cuts) != n:
+            raise CutError(f"One tuple of cuts a clip is needed: {len(cuts)} for {n}.")
+        kinds, states = clean.kinds[:n], [h[:n] for h in clean.hidden[: start + 1]]
+        positions = _pad([self.layout(m).positions.T for m in media], 0).permute(2, 0, 1).to(self.device)
+        positions = nn.functional.pad(positions, (0, kinds.shape[1] - positions.shape[2]))
+        rotary = text.rotary_emb(states[0], positions)
+        seen = torch.ones(kinds.shape[1], kinds.shape[1], dtype=torch.bool, device=self.device).tril() & (kinds != Kind.PAD)[:, None, None]
+        cache: Any = DynamicCache(config=text.config)
+        instruments, state = Instruments(kinds, cuts), states[-1]
+        for layer in text.layers[start:]:
+            state = layer(state, attention_mask=seen, position_embeddings=rotary, past_key_values=cache, use_cache=True, instruments=instruments)
+            states.append(state)
+        keys, values = ([k[:n] for k in part[:start]] for part in (clean.keys, clean.values))
+        return Prefix(
+            kinds,
+            clean.next_position[:n],
+            keys + [layer.keys for layer in cache.layers[start:]],
+            values + [layer.values for layer in cache.layers[start:]],
+            cuts,
+            tuple(media),
+            tuple(states) if hidden else None,
         )
 
     @torch.no_grad()
@@ -393,24 +441,48 @@ class AVLLM(ABC):
         flow: also return attention mass (3, L, N, 2, kinds); see FlowTap. Raises CutError where a cut should have been given to `prefill`.
         """
         self._check_prefix_cuts(prefix, which, cuts)
-        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
         kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
-        cache, position = self._select(prefix, which)
-        tap = FlowTap() if flow else None
-        state, _, hidden_states = self._step(ids, kinds, prefix.kinds[list(which)], position, cache, cuts, hidden, tap)
         targets = _pad([s.targets for s in suffixes], -100).to(self.device)
-        rows = (
-            (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(max(1, targets.shape[1]))).clamp_max(ids.shape[1] - 1).to(self.device)
-        )
-        logits = self.head(torch.gather(state, 1, rows[..., None].expand(-1, -1, state.shape[-1])))
+        steps = torch.arange(max(1, targets.shape[1]))
+        tap, hidden_states = FlowTap() if flow else None, None
+        if hidden or flow:
+            state, hidden_states = self._whole(prefix, which, suffixes, kinds, cuts, hidden, tap)
+            rows = torch.tensor([s.first for s in suffixes])[:, None] + steps
+            emitters = torch.gather(state, 1, rows.clamp_max(kinds.shape[1] - 1).to(self.device)[..., None].expand(-1, -1, state.shape[-1]))
+        else:
+            emitters = self._emitters(prefix, which, suffixes, cuts, len(steps))
         return Output(
-            logits,
+            self.head(emitters),
             targets,
             _pad([s.span for s in suffixes], False).to(self.device),
             kinds,
             hidden_states,
             torch.stack([tap.mass[layer] for layer in range(self.n_layers)], dim=1) if tap else None,
         )
+
+    @torch.no_grad()
+    def logprobs(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> torch.Tensor:
+        """(N, A) log-probability of each answer token, in nats; 0 where padded. As `extend(...).logprobs()`, for any number of jobs: logits are made
+        some at a time."""
+        self._check_prefix_cuts(prefix, which, cuts)
+        targets = _pad([s.targets for s in suffixes], -100).to(self.device)
+        emitters = self._emitters(prefix, which, suffixes, cuts, max(1, targets.shape[1]))
+        some = max(1, (1 << 22) // (self.head.weight.shape[0] * emitters.shape[1]))
+        return torch.cat([answer_logprobs(self.head(e), t) for e, t in zip(emitters.split(some), targets.split(some), strict=True)])
+
+    @torch.no_grad()
+    def span_scores(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> torch.Tensor:
+        """(N,) s of docs/definitions.md: as `extend(...).span_score()`, for any number of jobs."""
+        span = _pad([s.span for s in suffixes], False).to(self.device)
+        return (self.logprobs(prefix, which, suffixes, cuts) * span).sum(1) / span.sum(1)
+
+    def _emitters(self, prefix: Prefix, which, suffixes, cuts: Cuts | None, steps: int) -> torch.Tensor:
+        """Normed states (N, steps, H) at the emitters of every job; where a job has fewer, its last one again."""
+        job = Reuse(self.text_model, prefix, which, suffixes, cuts if cuts is not None else [()] * len(which))
+        final, rows, _ = job.run()
+        length = job.answer.length[job.answer.of]
+        at = final.start[final.of][:, None] + np.minimum(np.arange(steps), length[:, None] - 1)
+        return self.text_model.norm(rows)[job.tensor(at)]
 
     @torch.no_grad()
     def generate(
@@ -427,48 +499,43 @@ class AVLLM(ABC):
     ) -> list[list[int]]:
         """Greedy answer tokens, without the end token."""
         self._check_prefix_cuts(prefix, which, cuts)
-        suffixes = [self.suffix(q) for q in questions]
-        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
-        kinds = _pad([s.kinds for s in suffixes], Kind.PAD).to(self.device)
-        cache, position = self._select(prefix, which)
-        past = prefix.kinds[list(which)]
-        first = torch.tensor([s.first for s in suffixes], device=self.device)
-        answers: list[list[int]] = [[] for _ in suffixes]
-        done = torch.zeros(len(suffixes), dtype=torch.bool, device=self.device)
-        state, past, _ = self._step(ids, kinds, past, position, cache, cuts, False, None)
-        position = position + first + 1
-        last = state[torch.arange(len(suffixes)), first]
-        for _ in range(max_new_tokens):
-            token = self.head(last).argmax(-1)
-            done = done | (token == self.end_id)
-            for i in range(len(answers)):
+        known = {q: self.suffix(q) for q in dict.fromkeys(questions)}
+        job = Reuse(self.text_model, prefix, which, [known[q] for q in questions], cuts if cuts is not None else [()] * len(which), max_new_tokens)
+        decoding = Decoding(job, max_new_tokens)
+        said: list[list[int]] = [[] for _ in decoding.jobs]
+        alive = list(range(len(said)))  # what each row of `decoding` is
+        done = [False] * len(said)
+        for step in range(max_new_tokens):
+            token = self.head(self.text_model.norm(decoding.states)).argmax(-1)
+            for i, t in zip(alive, token.tolist(), strict=True):
+                done[i] = done[i] or t == self.end_id
                 if not done[i]:
-                    answers[i].append(int(token[i]))
-            if bool(done.all()):
+                    said[i].append(t)
+            left = [row for row, i in enumerate(alive) if not done[i]]
+            if not left or step + 1 == max_new_tokens:
                 break
-            kinds = torch.full((len(suffixes), 1), int(Kind.EMITTER), device=self.device)
-            state, past, _ = self._step(token[:, None], kinds, past, position, cache, cuts, False, None)
-            position, last = position + 1, state[:, 0]
-        return answers
+            if len(left) <= 0.75 * len(alive):
+                decoding.keep(left)
+                alive, token = [alive[row] for row in left], token[left]
+            decoding.feed(token)
+        return [list(said[i]) for i in decoding.of]
 
-    def _select(self, prefix: Prefix, which: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
+    def _whole(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], kinds: torch.Tensor, cuts: Cuts | None, hidden: bool, tap):
+        """Every suffix row in every layer, for taps: normed states (N, S, H), and L + 1 hidden states or None."""
         index = torch.tensor(list(which), device=self.device)
-        pairs = [(k[index], v[index]) for k, v in zip(prefix.keys, prefix.values, strict=True)]
-        return DynamicCache(pairs), prefix.next_position[index]
-
-    def _step(self, ids, kinds, past_kinds, position, cache, cuts, hidden, tap):
-        """Rows `ids` (N, S) on top of a cache. Returns normed states (N, S, H), kinds of all keys, hidden states or None."""
-        all_kinds = torch.cat([past_kinds, kinds], 1)
+        cache = DynamicCache([(k[index], v[index]) for k, v in zip(prefix.keys, prefix.values, strict=True)])
+        ids = _pad([s.ids for s in suffixes], self.pad_id).to(self.device)
+        all_kinds = torch.cat([prefix.kinds[index], kinds], 1)
         out = self.text_model(
             inputs_embeds=self.text_model.embed_tokens(ids),
-            position_ids=(position[:, None] + torch.arange(ids.shape[1], device=self.device)).expand(3, -1, -1),
+            position_ids=(prefix.next_position[index][:, None] + torch.arange(ids.shape[1], device=self.device)).expand(3, -1, -1),
             attention_mask=(all_kinds != Kind.PAD).long(),
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=hidden,
             instruments=Instruments(all_kinds, cuts or (), tap) if cuts is not None or tap is not None else None,
         )
-        return out.last_hidden_state, all_kinds, out.hidden_states if hidden else None
+        return out.last_hidden_state, out.hidden_states if hidden else None
 
     def _check_prefix_cuts(self, prefix: Prefix, which: Sequence[int], cuts: Cuts | None) -> None:
         given: Sequence[tuple[Cut, ...]] = cuts if cuts is not None else [()] * len(which)
@@ -481,6 +548,32 @@ class AVLLM(ABC):
             for cut in wanted:
                 if cut.stop > self.n_layers:
                     raise CutError(f"A cut of layers [{cut.start}, {cut.stop}) does not fit a model of {self.n_layers} layers.")
+        self._require_check(prefix.media, cuts)
+
+    def instrument(self) -> tuple[Any, ...]:
+        """What a self-check holds for: the modules (LoRA exchanges them), the attention they are told to use, and what transformers has for it."""
+        name = self.text_model.config._attn_implementation
+        return (
+            self.thinker,
+            self.adapter,
+            name,
+            dict(ALL_ATTENTION_FUNCTIONS.items()).get(name),
+            dict(ALL_MASK_ATTENTION_FUNCTIONS.items()).get(name),
+        )
+
+    def _require_check(self, media: Sequence[Media], cuts: Cuts | None) -> None:
+        """Run the self-check where these are the first cuts on the model as it is now. Raises CutError if it fails or no clip here can serve."""
+        if not any(cuts or ()) or self.passed == self.instrument():
+            return
+        from models.selfcheck import self_check
+
+        usable = next((m for m in media if m.video is not None and m.audio is not None), None)
+        if usable is None:
+            raise CutError(
+                "Cuts have not been checked on this model yet, and no clip given has both sound and picture: "
+                "call models.self_check(model, media, question) with one that has."
+            )
+        self_check(self, usable, question("hear"))
 
     def lens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logit lens: logits (..., V) of states (..., H) through the final norm and the head."""

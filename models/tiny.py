@@ -77,15 +77,29 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5OmniProcessor:
     )
 
 
-def tiny_config(tokenizer: Qwen2Tokenizer, hidden: int = 128, layers: int = 8, tower: int = 64, tower_layers: int = 2) -> Qwen2_5OmniThinkerConfig:
-    """Qwen2.5-Omni thinker: `layers` of width `hidden` (4 query heads on 2 key heads), both towers of width `tower`."""
+def tiny_config(
+    tokenizer: Qwen2Tokenizer,
+    hidden: int = 128,
+    layers: int = 8,
+    tower: int = 64,
+    tower_layers: int = 2,
+    heads: int = 4,
+    key_heads: int = 2,
+    inner: int | None = None,
+    vocabulary: int = 0,
+) -> Qwen2_5OmniThinkerConfig:
+    """Qwen2.5-Omni thinker: `layers` of width `hidden`, `heads` query heads on `key_heads` key heads, both towers of width `tower`.
+
+    inner: width of the feed-forward layer, 3 * hidden unless given. vocabulary: at least as many tokens as the tokenizer has.
+    """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
-    head = hidden // 4
+    head = hidden // heads
     make: Any = Qwen2_5OmniThinkerConfig
     return make(
         text_config={
-            "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+            "vocab_size": -(-max(len(tokenizer), vocabulary) // 64) * 64, "hidden_size": hidden, "intermediate_size": inner or 3 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads,
+            "max_position_embeddings": 4096, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6]},
             "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "bos_token_id": None,
         },

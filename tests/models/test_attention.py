@@ -1,12 +1,11 @@
-"""Cuts and taps against a written-out reference, and the self-check against models whose cuts do nothing."""
+"""Cuts and taps against a written-out reference."""
 
 import itertools
 
 import pytest
 import torch
 
-from models import SITES, Cut, CutError, Kind, Media, self_check
-from models.attention import IMPLEMENTATION, Instruments
+from models import SITES, Cut, CutError, Kind, Media
 from tests.models import reference
 
 HEAR = "What do you hear?"
@@ -169,31 +168,6 @@ def test_cuts_survive_gradient_checkpointing(tiny, media):
     tiny.thinker.eval()
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
     assert (uncut - plain).abs().max() > 1e-3
-
-
-def test_self_check_passes(tiny, media):
-    self_check(tiny, media[0], HEAR)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_self_check_catches_attention_that_ignores_cuts(tiny, media, implementation):
-    tiny.thinker.set_attn_implementation({"text_config": implementation})
-    try:
-        with pytest.raises((CutError, TypeError)):
-            self_check(tiny, media[0], HEAR)
-    finally:
-        tiny.thinker.set_attn_implementation({"text_config": IMPLEMENTATION})
-
-
-def test_self_check_catches_a_cut_that_does_nothing(tiny, media, monkeypatch):
-    monkeypatch.setattr(Instruments, "blocked", lambda *_: None)
-    with pytest.raises(CutError, match=r"nothing|rows|changed"):
-        self_check(tiny, media[0], HEAR)
-
-
-def test_self_check_needs_sound(tiny, media):
-    with pytest.raises(CutError, match="audio"):
-        self_check(tiny, Media(media[0].video, None), HEAR)
 
 
 def test_bad_cuts():

@@ -1,0 +1,197 @@
+"""The self-check catches instruments that do nothing or something else, and cannot be gone around."""
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from models import Cut, CutError, Media, load_model, self_check
+from models.attention import IMPLEMENTATION, Instruments, Packed, dense_mask, instrumented_attention
+from models.reuse import Decoding, Reuse, States
+
+HEAR = "What do you hear?"
+CUT = (Cut.at("video->emitters", 0, 3),)
+
+
+@pytest.fixture
+def fresh(tiny):
+    """The shared model, not checked yet."""
+    tiny.passed = None
+    yield tiny
+    tiny.passed = None
+
+
+def test_passes_and_is_remembered(fresh, media):
+    self_check(fresh, media[0], HEAR)
+    assert fresh.passed == fresh.instrument()
+
+
+def test_passes_in_bfloat16_and_with_an_adapter(tiny_folder, media):
+    model = load_model(tiny_folder, dtype=torch.bfloat16)
+    model.add_lora(model.lora_targets([0, 2], ["q_proj", "v_proj"]), r=2, alpha=4)
+    self_check(model, media[0], HEAR)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_catches_a_stock_implementation(fresh, media, implementation):
+    fresh.text_model.set_attn_implementation(implementation)
+    try:
+        with pytest.raises(CutError, match="ignores cuts"):
+            self_check(fresh, media[0], HEAR)
+        with pytest.raises(CutError, match="ignores cuts"):
+            fresh.prefill(media, [CUT] * 3)
+    finally:
+        fresh.text_model.set_attn_implementation(IMPLEMENTATION)
+
+
+def test_catches_a_stock_function_under_our_name(fresh, media):
+    AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
+    try:
+        with pytest.raises(CutError, match=r"does nothing|did not run"):
+            self_check(fresh, media[0], HEAR)
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, instrumented_attention)
+
+
+@pytest.mark.parametrize("mask", [sdpa_mask, lambda *_, **__: None])
+def test_catches_a_mask_that_is_none(fresh, media, mask):
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
+    try:
+        with pytest.raises(CutError, match="dense boolean mask"):
+            self_check(fresh, media[0], HEAR)
+    finally:
+        AttentionMaskInterface.register(IMPLEMENTATION, dense_mask)
+
+
+def test_catches_a_mask_without_padding(fresh, media):
+    """Padding sits between a short prefix and its suffix: that a mask without it is wrong shows with a prefix."""
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *a, **k: dense_mask(*a, **{**k, "attention_mask": None}))
+    try:
+        with pytest.raises(CutError, match="taps on a prefix is not the whole pass"):
+            self_check(fresh, media[0], HEAR)
+    finally:
+        AttentionMaskInterface.register(IMPLEMENTATION, dense_mask)
+
+
+def without(bits):
+    """`Reuse.shared` that blocks nothing."""
+    return lambda self, clip, _, original=Reuse.shared: original(self, clip, bits(clip))
+
+
+def leaky(self, clip, bits, original=Reuse.kept):
+    """Blocks all but one of the keys it should."""
+    kept = original(self, clip, bits)
+    return sorted({*kept.tolist(), int((((bits >> self.kinds[clip]) & 1) == 1).argmax())})
+
+
+def early(self, layer, above, original=States.step):
+    """Takes states for equal that are not: answer rows do not see that their question was cut."""
+    return original(self, layer, States(above.runs, above.run[:1], above.of * 0) if above is not None else None)
+
+
+def deaf(self, original=Decoding._plan):
+    """Cuts are ignored from the second token on."""
+    original(self)
+    none = self.reuse.answer.signature * 0
+    bits = self.reuse.answer.blocked[none[self.jobs, 0], 4]
+    self.shared = [self.reuse.shared(self.reuse.clip[self.jobs], bits)] * len(self.layers)
+
+
+def half_blocked(self, layer, rows, keys, original=Instruments.blocked):
+    """One pair less than it should be."""
+    blocked = original(self, layer, rows, keys)
+    if blocked is not None and any(self.cuts):
+        blocked = blocked.clone()
+        blocked[:, :, -3] = False
+    return blocked
+
+
+def shifted(self, query, key, value, scaling, original=Packed.attend):
+    """Reuse that is slightly off."""
+    return original(self, query, key, value, scaling * 1.01)
+
+
+FAULTS = {
+    "no cut in one pass": (Instruments, "blocked", lambda *_: None),
+    "a row escapes in one pass": (Instruments, "blocked", half_blocked),
+    "no cut with reuse": (Reuse, "shared", without(lambda clip: clip * 0)),
+    "one key leaks with reuse": (Reuse, "kept", leaky),
+    "wrong states are shared": (States, "step", early),
+    "no cut in decoding": (Decoding, "_plan", deaf),
+    "reuse is another attention": (Packed, "attend", shifted),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_catches(fresh, media, monkeypatch, fault):
+    where, name, wrong = FAULTS[fault]
+    monkeypatch.setattr(where, name, wrong)
+    with pytest.raises(CutError):
+        self_check(fresh, media[0], HEAR)
+    assert fresh.passed is None
+
+
+def test_catches_a_layer_whose_attention_was_replaced(fresh, media, monkeypatch):
+    """As a fused kernel would do it: everything right, but no cuts in one layer."""
+    attention = fresh.text_model.layers[1].self_attn
+    original = attention.forward
+
+    def fused(*args, instruments=None, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", fused)
+    with pytest.raises(CutError):
+        self_check(fresh, media[0], HEAR)
+
+
+def test_no_way_around(fresh, media, monkeypatch):
+    """Every use of a cut on a model that has not passed runs the check; without cuts nothing is run."""
+    suffix = fresh.suffix(HEAR, "This.")
+    prefix = fresh.prefill(media)
+    uses = {
+        "prefill": lambda: fresh.prefill(media, [(Cut.at("video->audio", 0, 1),)] * 3),
+        "extend": lambda: fresh.extend(prefix, [0], [suffix], [CUT]),
+        "taps": lambda: fresh.extend(prefix, [0], [suffix], [CUT], hidden=True, flow=True),
+        "logprobs": lambda: fresh.logprobs(prefix, [0], [suffix], [CUT]),
+        "span_scores": lambda: fresh.span_scores(prefix, [0], [suffix], [CUT]),
+        "generate": lambda: fresh.generate(prefix, [0], [HEAR], [CUT], 2),
+        "forward": lambda: fresh.forward(fresh.batch([fresh.sequence(media[0], HEAR, "This.")]), [CUT]),
+    }
+    for name, use in uses.items():
+        fresh.passed = None
+        use()
+        assert fresh.passed is not None, name
+    fresh.passed = None
+    fresh.extend(prefix, [0], [suffix], [()])
+    fresh.generate(prefix, [0], [HEAR], None, 2)
+    assert fresh.passed is None
+    monkeypatch.setattr(Reuse, "kept", leaky)
+    for name, use in uses.items():
+        with pytest.raises(CutError):
+            use()
+            pytest.fail(name)
+
+
+def test_new_modules_and_new_functions_are_checked_again(tiny_folder, media):
+    model = load_model(tiny_folder)
+    self_check(model, media[0], HEAR)
+    before = model.passed
+    model.add_lora(model.lora_targets([1], ["q_proj"]), r=2, alpha=4)
+    assert model.instrument() != before
+    model.extend(model.prefill(media[:1]), [0], [model.suffix(HEAR)], [CUT])
+    assert model.passed == model.instrument() != before
+    AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)
+    try:
+        with pytest.raises(CutError):
+            model.extend(model.prefill(media[:1]), [0], [model.suffix(HEAR)], [CUT])
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, instrumented_attention)
+
+
+def test_needs_sound_and_picture(fresh, media):
+    silent = Media(media[0].video, None)
+    with pytest.raises(CutError, match="audio"):
+        self_check(fresh, silent, HEAR)
+    with pytest.raises(CutError, match="self_check"):
+        fresh.extend(fresh.prefill([silent]), [0], [fresh.suffix(HEAR)], [CUT])
