@@ -27,7 +27,7 @@ NEUTRAL = frozenset({"device", "threads", "batch_size", "workers", "progress", "
 class Change:
     """One number of the findings, before and after. `difference`: after − before, clip by clip; None where findings keep no value per clip."""
 
-    section: str  # following | reliance | knockout | flow | probe | lens | latent | shift
+    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | shift
     condition: str | None
     question: str | None  # hear | see
     item: str  # which row of the section, e.g. "video->emitters [3, 8)"
@@ -139,12 +139,17 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     for p in findings.probes:
         for layer, value in enumerate(p.accuracy):
             yield ("probe", None, None, f"{p.label} label at {p.position}, layer {layer}", "accuracy"), value
-    for n in findings.lens:
+    for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
+        name = "" if n.lens == "logit" else f", {n.lens} lens"
         for layer, value in enumerate(n.hit):
-            yield ("lens", None, None, f"{n.label} words in the top {n.k} at {n.position}, layer {layer}", "hit"), value
+            yield ("lens", None, None, f"{n.label} words in the top {n.k} at {n.position}{name}, layer {layer}", "hit"), value
     if findings.latent:
         yield ("latent", None, None, "", "latent"), findings.latent.latent
         yield ("latent", None, None, "", "said"), findings.latent.said
+    if findings.tuned:
+        yield ("latent", None, None, "tuned lens", "latent"), findings.tuned.latent.latent
+        for layer, value in enumerate(findings.tuned.kl_after):
+            yield ("tuned", None, None, f"KL to the final output, layer {layer}", "kl"), value
     for s in findings.shift:
         for measure in ("unshifted", "marginal", "shifted", "kl"):
             yield ("shift", s.condition, None, s.tokens, measure), getattr(s, measure)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
 
 
 class FindingsError(ValueError):
@@ -115,6 +115,7 @@ class Lens:
     hit: list[Estimate]
     control: list[float]
     corrected: list[float]
+    lens: str = "logit"  # logit | tuned
 
 
 @dataclass
@@ -127,6 +128,21 @@ class Latent:
     layer: int
     latent: Estimate
     said: Estimate
+
+
+@dataclass
+class Tuned:
+    """The tuned lens: how far it is from the final output, and what it reads, on conflicts that share nothing with those it was fitted on.
+
+    Per layer (index 0 = embeddings, l = output of layer l): mean KL(final output ‖ lens) in nats a row, of the logit lens and of the tuned one.
+    """
+
+    clips: int  # fitted on
+    rows: int  # hidden states of these clips, in each layer
+    kl_before: list[Estimate]  # the logit lens
+    kl_after: list[Estimate]
+    lens: list[Lens]
+    latent: Latent  # its layer was chosen on the clips it was fitted on
 
 
 @dataclass
@@ -182,6 +198,7 @@ class Findings:
     probes: list[Probe] = field(default_factory=list)
     lens: list[Lens] = field(default_factory=list)
     latent: Latent | None = None
+    tuned: Tuned | None = None
     shift: list[Shift] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from analysis.compare import Comparison, compare
-from analysis.findings import CutEffect, Estimate, Findings, FindingsError, Following, Latent, Probe, Reliance, Sample, Shift
+from analysis.findings import CutEffect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Reliance, Sample, Shift, Tuned
 from analysis.tables import best_cuts, comparison_tables, findings_tables, layers, number, percent
 
 
@@ -31,7 +31,12 @@ def findings(audio, verdicts, **changes):
             CutEffect("video->emitters", k, 2, "from", "counterfactual", "hear", e(1.0 - k), e(1.0), e(0.9 - k / 2), e(0.1)) for k in range(2)
         ],
         probes=[Probe("audio", "audio", [e(0.1), e(0.7), e(0.6)], [0.1] * 3, None, None, [0.0, 0.6, 0.5], "2 folds")],
+        lens=[Lens("audio", "audio", 5, [e(0.1), e(0.3), e(0.2)], [0.1] * 3, [0.0, 0.2, 0.1])],
         latent=Latent(1, e(0.4), e(audio)),
+        tuned=Tuned(
+            20, 480, [e(2.0), e(1.0), e(0.0)], [e(0.8), e(0.6), e(0.0)],
+            [Lens("audio", "audio", 5, [e(0.2), e(0.65), e(0.2)], [0.1] * 3, [0.1, 0.55, 0.1], "tuned")], Latent(1, e(0.55), e(audio)),
+        ),
         shift=[Shift("all", "counterfactual", e(0.6), e(0.3), e(0.1), e(2.0))],
         samples=answers(verdicts),
     )  # fmt: skip
@@ -55,6 +60,9 @@ def test_paired_differences_by_hand():
     assert comparison.find("reliance", "shortcut", None, "hear").difference is None
     cut = comparison.find("knockout", "audio", "counterfactual", "hear", "video->emitters [1, 2) from")
     assert cut.before.value == pytest.approx(0.4)
+    assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, layer 1").after.value == pytest.approx(0.3)
+    assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, tuned lens, layer 1").after.value == pytest.approx(0.65)
+    assert comparison.find("latent", "latent", item="tuned lens").before.value == pytest.approx(0.55)
     assert comparison.left_out == []
 
 
@@ -130,6 +138,7 @@ def test_terminal_tables_hold_the_numbers():
     assert "0.50 (0.45, 0.55)" in text  # Shortcut Index
     assert "video ↛ answer" in text and "0–1" in text and "90.0 % (85.0–95.0)" in text  # the strongest cut
     assert "70.0 % (65.0–75.0)" in text and "+60.0" in text  # the best probe layer
+    assert "65.0 % (60.0–70.0)" in text and "By the tuned lens: 55.0 %" in text
     text = rendered(comparison_tables(compare(BEFORE, AFTER)))
     assert "+50.0" in text and "100.0 %" in text
     empty = Findings("m", None, None, "test", "h", 1, {})

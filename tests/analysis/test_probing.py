@@ -184,6 +184,10 @@ def lettered(model_folder):
     return model
 
 
+def hits_of(model, states, mask, table, k):
+    return lens_hits(lambda rows, _: model.lens(rows), 0, states, mask, table, k)
+
+
 def test_lens_hits_by_hand(lettered):
     """Three clips of two rows; classes {token 3}, {tokens 5, 7}. Top 1 is the largest axis; in top 2 the next one comes in too."""
     axes = torch.eye(20, lettered.hidden_size)
@@ -191,8 +195,8 @@ def test_lens_hits_by_hand(lettered):
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     table = torch.zeros(lettered.head.weight.shape[0], 2, dtype=torch.bool)
     table[3, 0] = table[5, 1] = table[7, 1] = True
-    assert lens_hits(lettered, states, mask, {"audio": table}, 1)["audio"].tolist() == [[True, False], [False, True], [False, False]]
-    assert lens_hits(lettered, states[:1], mask[:1], {"audio": table}, 2)["audio"].tolist() == [[True, True]]
+    assert hits_of(lettered, states, mask, {"audio": table}, 1)["audio"].tolist() == [[True, False], [False, True], [False, False]]
+    assert hits_of(lettered, states[:1], mask[:1], {"audio": table}, 2)["audio"].tolist() == [[True, True]]
 
 
 def test_lens_goes_through_the_final_norm(lettered):
@@ -201,10 +205,10 @@ def test_lens_goes_through_the_final_norm(lettered):
     state[..., 4], state[..., 6] = 1.0, 50.0
     table = torch.zeros(lettered.head.weight.shape[0], 1, dtype=torch.bool)
     table[4, 0] = True
-    assert not lens_hits(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"].any()
+    assert not hits_of(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"].any()
     with torch.no_grad():
         lettered.text_model.norm.weight[6] = 0.0
-        hit = lens_hits(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"]
+        hit = hits_of(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"]
         lettered.text_model.norm.weight[6] = 1.0
     assert hit.all()
 
