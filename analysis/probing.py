@@ -311,6 +311,7 @@ def probe_rows(features: ProbeFeatures, silent: ProbeFeatures | None, random: Pr
         f"{len(folds)} folds; no rendering and no unordered class pair is in both training and test part; "
         f"{np.mean([len(train) for train, _ in folds]):.0f} training clips a fold on average"
     )
+    untaught = {label: sum(int((~np.isin(t[test], t[train])).sum()) for train, test in folds) / len(clips) for label, t in true.items()}
 
     def right(source: ProbeFeatures, position: int, labellings: Sequence[NDArray]) -> NDArray:
         """(n, L + 1, labellings) whether each clip is predicted right."""
@@ -342,7 +343,7 @@ def probe_rows(features: ProbeFeatures, silent: ProbeFeatures | None, random: Pr
                     None if audio_removed is None else audio_removed.tolist(),
                     None if blank is None else blank[:, i].tolist(),
                     selectivity.tolist(),
-                    note,
+                    f"{note}; {untaught[label]:.1%} of clips are of a class without training clips in their fold and count as wrong",
                 )
             )
     return out

@@ -128,6 +128,17 @@ def test_knowing_the_rendering_only_does_not_help():
     assert next(r for r in rows if (r.position, r.label) == ("question", "audio")).accuracy[0].value < 0.4
 
 
+def test_classes_that_no_fold_could_teach_are_counted():
+    """Four clips, each class in one of them: whichever is tested, nothing of its class is left to learn from."""
+    clips = [
+        replace(c, video_label=f"v{i}", audio_label=f"a{i}", video_rendering=f"v{i}", audio_rendering=f"a{i}") for i, c in enumerate(conflicts(4))
+    ]
+    rows = probe_rows(features_of(clips, lambda *_: np.zeros(3)), None, None, 2, 10, 0)
+    assert all("100.0% of clips are of a class without training clips" in row.folds for row in rows)
+    rows = probe_rows(features_of(conflicts(200, classes=6, renderings=30), lambda *_: np.zeros(3)), None, None, 5, 10, 0)
+    assert all("; 0.0% of clips" in row.folds for row in rows)
+
+
 def test_a_control_of_other_clips_is_refused():
     clips = conflicts(20)
     other = features_of(list(reversed(clips)), lambda *_: np.zeros(3))
