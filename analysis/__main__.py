@@ -4,6 +4,7 @@
     python -m analysis diagnose --model models/organism/avllm --adapter runs/organism/checkpoints/step_000150/adapter \
         --clips runs/clips --out after.json
     python -m analysis compare before.json after.json --out comparison.json
+    python -m analysis judge before.json --judge llm --base-url http://localhost:8000/v1 --model my-judge
     python -m analysis report before.json after.json --clips runs/clips --out report.html
 
 Input that cannot be used gives one line on stderr and exit code 2; nothing is left half-written.
@@ -13,19 +14,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
-from analysis.diagnose import DiagnoseSettings, SettingsError
 from analysis.findings import Findings, FindingsError
+from analysis.judge_cache import CacheError, ReplyCache
+from analysis.judges import THRESHOLD, EmbeddingJudge, JudgeError, JudgeName, LabelsJudge, LLMJudge
+from analysis.settings import DiagnoseSettings, SettingsError
 from data.clips import DataError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Split = Literal["train", "plan", "selection", "test", "unseen"]
 
@@ -36,7 +43,11 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Measure whether a model listens: answers, reliance, attention flow, lens, probes, knockout, token shift."""
+    """Measure whether a model listens: answers, captions, reliance, attention flow, lenses, probes, knockout, token shift.
+
+    Killed, the same command goes on where it was. Several processes share the clips: `accelerate launch -m analysis diagnose …` on GPUs,
+    `torchrun --nproc_per_node 2 -m analysis diagnose …` on CPU.
+    """
 
     model: str
     """Folder of a checkpoint (or a hub id)."""
@@ -69,14 +80,22 @@ class Diagnose:
 
         _writable(self.out)
         clips = load_clips(self.clips)
+        processes = _processes(self.device)
+        name = f"cuda:{processes.local_process_index}" if processes and self.device == "cuda" else self.device
         try:
-            device = torch.device(self.device)
+            device = torch.device(name)
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise UsageError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
         model = load_model(self.model, self.adapter, device=device, dtype=getattr(torch, self.dtype), base=self.base)
-        findings = diagnose(model, clips, self.settings.answers_only() if self.quick else self.settings, self.split)
+        work = self.out.with_name(f"{self.out.name}.work")
+        if work.is_dir() and (processes is None or processes.is_main_process):
+            print(f"Going on with what {work} holds, as far as it fits.", file=sys.stderr)
+        findings = diagnose(model, clips, self.settings.answers_only() if self.quick else self.settings, self.split, work=work, processes=processes)
+        if processes is not None and not processes.is_main_process:
+            return
         findings.save(self.out)
+        shutil.rmtree(work, ignore_errors=True)
         console.print(*findings_tables(findings), sep="\n")
         console.print(f"Findings are in {self.out}.")
 
@@ -156,7 +175,87 @@ class Report:
             console.print(f"The figure is in {self.figure}.")
 
 
-Command = Annotated[Diagnose, subcommand("diagnose")] | Annotated[Compare, subcommand("compare")] | Annotated[Report, subcommand("report")]
+@dataclass(frozen=True)
+class Judge:
+    """Have a judge read the captions of findings, without the model: its scores go beside those of other judges.
+
+    An `llm` judge sends question, caption and the clip's labels to --base-url, with the key of OPENAI_API_KEY. Its replies are kept in --cache as
+    they come: stopped, the same command goes on where it was.
+    """
+
+    findings: Positional[Path]
+    """Findings with captions (`python -m analysis diagnose` writes them)."""
+    judge: JudgeName = "labels"
+    """labels: words and synonyms. embedding: a sentence-embedding model. llm: any OpenAI-compatible endpoint."""
+    model: str | None = None
+    """embedding: folder or hub id, weights in safetensors. llm: the model's name at the endpoint."""
+    out: Path | None = None
+    """Where to write; by default the findings file itself is replaced."""
+    threshold: float = THRESHOLD
+    """embedding: cosine from which a clause names a label. The default is for all-MiniLM-L6-v2."""
+    base_url: str | None = None
+    """llm: the endpoint, e.g. http://localhost:8000/v1."""
+    cache: Path | None = None
+    """llm: file of replies; by default beside the findings, with the ending .replies.jsonl."""
+    in_flight: int = 8
+    """llm: requests at a time."""
+    timeout: float = 60.0
+    """llm: seconds to wait for a reply."""
+    retries: int = 6
+    """llm: further attempts after time-outs, rate limits and errors of the server, with growing pauses."""
+
+    def run(self, console: Console) -> None:
+        """Load, judge, write, show."""
+        from analysis.fidelity import add_scores, agreement
+        from analysis.tables import agreement_table, fidelity_table
+
+        out = self.out or self.findings
+        _writable(out)
+        for value, name in ((self.in_flight, "in-flight"), (self.timeout, "timeout"), (self.retries + 1, "retries")):
+            if value <= 0:
+                raise UsageError(f"--{name} is too small: it has to be {'0 or more' if name == 'retries' else 'above 0'}.")
+        findings = Findings.load(self.findings)
+        try:
+            if self.judge == "labels":
+                add_scores(findings, LabelsJudge(findings.labels))
+            elif self.judge == "embedding":
+                if self.model is None:
+                    raise UsageError("--judge embedding needs --model: the folder or hub id of a sentence-embedding model.")
+                add_scores(findings, EmbeddingJudge(self.model, findings.labels, self.threshold))
+            else:
+                if self.model is None or self.base_url is None:
+                    raise UsageError("--judge llm needs --base-url and --model: an OpenAI-compatible endpoint and a model that it serves.")
+                with ReplyCache(self.cache or self.findings.with_suffix(".replies.jsonl")) as cache:
+                    add_scores(findings, LLMJudge(self.base_url, self.model, cache, self.in_flight, self.timeout, self.retries))
+        except JudgeError as error:
+            raise UsageError(f"{self.findings}: {error}") from None
+        findings.save(out)
+        console.print(fidelity_table(findings.fidelity), agreement_table(agreement(findings.captions)), sep="\n")
+        console.print(f"Findings are in {out}.")
+
+
+Command = (
+    Annotated[Diagnose, subcommand("diagnose")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Judge, subcommand("judge")]
+    | Annotated[Report, subcommand("report")]
+)
+
+
+def _processes(device: str) -> PartialState | None:
+    """The processes that `torchrun` or `accelerate launch` started, or None for this one alone. Raises UsageError where they cannot talk."""
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted == 1:
+        return None
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=not device.startswith("cuda"))
+    if processes.num_processes != wanted:
+        raise UsageError(
+            f"{wanted} processes were started, but accelerate counts {processes.num_processes}, so each would measure everything. "
+            f"On CPU start them with `torchrun --nproc_per_node {wanted} -m analysis diagnose …`."
+        )
+    return processes
 
 
 def _writable(path: Path) -> None:
@@ -170,19 +269,23 @@ def _writable(path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, or 2 for input that cannot be used."""
-    from models import CutError, ModelError
-
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m analysis", description=__doc__)  # type: ignore[arg-type]
         command.run(Console())
-    except (DataError, ModelError, FindingsError, CutError, SettingsError, UsageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (DataError, FindingsError, SettingsError, CacheError, UsageError) as error:
+        message = str(error)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (ValueError, RuntimeError) as error:
+        from models import CutError, ModelError  # not above: it takes seconds, and judge, compare and report need no model
+
+        if not isinstance(error, CutError | ModelError):
+            raise
+        message = str(error)
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -5,19 +5,26 @@
     comparison.save("comparison.json")
 
 Only like is compared with like: findings of other clips, another split or other settings that move scores are refused, and the message names
-what differs. What greedy answers name is compared clip by clip (the same clip under the same question, so what the clips have in common cancels);
-for the rest the two estimates stand side by side, because findings keep no value per clip for them.
+what differs. Every number is compared clip by clip (grids: grid by grid) from the values that findings keep, so what the clips have in common
+cancels: an interval of the difference, a p value, and over the layers or windows of a sweep a corrected one. The Shortcut Index is compared by
+the delta method on the same grids, token shift by clip as a ratio of sums. What could not be paired is said.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.findings import FORMAT, Estimate, Findings, Sample, load_json, save_json
-from analysis.statistics import by_source, paired_difference
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.fidelity import caption_key
+from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
+from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tuned_item, unpacked
+from analysis.statistics import Dyads, Intervals, by_source, corrected, shortcut
 
 # Settings that say where and how fast a diagnosis ran, not what it measured. Every other difference is refused.
 NEUTRAL = frozenset({"device", "threads", "batch_size", "workers", "progress", "command", "started", "seconds", "clips_folder", "out"})
@@ -25,16 +32,16 @@ NEUTRAL = frozenset({"device", "threads", "batch_size", "workers", "progress", "
 
 @dataclass
 class Change:
-    """One number of the findings, before and after. `difference`: after − before, clip by clip; None where findings keep no value per clip."""
+    """One number of the findings, before and after. `difference`: after − before, item by item; None without pairs (`left_out` says why)."""
 
-    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | shift
+    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift
     condition: str | None
     question: str | None  # hear | see
     item: str  # which row of the section, e.g. "video->emitters [3, 8)"
     measure: str  # the field of the row, e.g. "audio"
     before: Estimate
     after: Estimate
-    difference: Estimate | None = None
+    difference: Effect | None = None
 
 
 @dataclass
@@ -73,20 +80,15 @@ def compare(before: Findings, after: Findings) -> Comparison:
             f"these findings were not measured alike, so a difference would mean nothing: {shown}. Diagnose both with the same clips and settings."
         )
     result = Comparison(_name(before), _name(after), before.split, before.data_hash, before.n_layers)
-    paired = _paired_following(before.samples, after.samples, result.left_out)
     old, new = dict(_rows(before)), dict(_rows(after))
     if before.base != after.base:
         result.left_out.append(f"Token shift is not compared: the bases differ ({before.base} and {after.base}).")
-    for key in old:
-        if key in new and (key[0] != "shift" or before.base == after.base):
-            section, condition, question, item, measure = key
-            difference = paired.get((condition, question, measure)) if section == "following" else None
-            result.changes.append(Change(section, condition, question, item, measure, old[key], new[key], difference))
+    shared = [key for key in old if key in new and (key.section != "shift" or before.base == after.base)]
+    paired = _paired(before, after, shared, result.left_out)
+    result.changes = [Change(*key, _plain(old[key]), _plain(new[key]), paired.get(key)) for key in shared]
     for label, only in (("before", old.keys() - new.keys()), ("after", new.keys() - old.keys())):
         if only:
-            result.left_out.append(f"{len(only)} numbers were measured {label} only ({', '.join(sorted({key[0] for key in only}))}).")
-    if not paired:
-        result.left_out.append("No paired differences: the findings share no clip with an answer to the same question.")
+            result.left_out.append(f"{len(only)} numbers were measured {label} only ({', '.join(sorted({key.section for key in only}))}).")
     return result
 
 
@@ -112,71 +114,147 @@ def _short(value: Any) -> str:
     return text if len(text) <= 70 else f"{text[:66]}…"
 
 
+def _plain(estimate: Estimate) -> Estimate:
+    """Without p value and size, which belong to the one side."""
+    return Estimate(estimate.value, estimate.low, estimate.high, estimate.n, estimate.clusters)
+
+
 def _name(findings: Findings) -> str:
     return findings.model + (f" + {findings.adapter}" if findings.adapter else "")
-
-
-Key = tuple[str, str | None, str | None, str, str]  # section, condition, question, item, measure
-Paired = dict[tuple[str | None, str | None, str], Estimate]  # condition, question, measure
 
 
 def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     """Every estimate of the findings under the key that both sides share."""
     for f in findings.following:
         for measure in ("audio", "vision", "both", "neither", "unparsed", "correct"):
-            yield ("following", f.condition, f.question, "", measure), getattr(f, measure)
+            yield Key("following", f.condition, f.question, "", measure), getattr(f, measure)
     for r in findings.reliance:
         for measure in ("shortcut", "effect_audio", "effect_video"):
-            yield ("reliance", None, r.question, "", measure), getattr(r, measure)
+            yield Key("reliance", None, r.question, "", measure), getattr(r, measure)
     for c in findings.knockout:
         for measure in ("delta_logprob", "delta_margin", "audio", "vision"):
             if (value := getattr(c, measure)) is not None:
-                yield ("knockout", c.condition, c.question, f"{c.site} [{c.start}, {c.stop}) {c.family}", measure), value
+                yield Key("knockout", c.condition, c.question, cut_item(c.site, c.start, c.stop, c.family), measure), value
     for w in findings.flow:
         for kind, layers in w.mass.items():
             for layer, value in enumerate(layers):
-                yield ("flow", w.condition, None, f"{w.target} <- {kind}, {w.variant}, layer {layer}", "mass"), value
+                yield Key("flow", w.condition, None, flow_item(w.target, kind, w.variant, layer), "mass"), value
     for p in findings.probes:
         for layer, value in enumerate(p.accuracy):
-            yield ("probe", None, None, f"{p.label} label at {p.position}, layer {layer}", "accuracy"), value
+            yield Key("probe", None, None, probe_item(p.label, p.position, layer), "accuracy"), value
     for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
-        name = "" if n.lens == "logit" else f", {n.lens} lens"
         for layer, value in enumerate(n.hit):
-            yield ("lens", None, None, f"{n.label} words in the top {n.k} at {n.position}{name}, layer {layer}", "hit"), value
+            yield Key("lens", None, None, lens_item(n.label, n.k, n.position, layer, n.lens), "hit"), value
     if findings.latent:
-        yield ("latent", None, None, "", "latent"), findings.latent.latent
-        yield ("latent", None, None, "", "said"), findings.latent.said
+        yield Key("latent", None, None, "", "latent"), findings.latent.latent
+        yield Key("latent", None, None, "", "said"), findings.latent.said
     if findings.tuned:
-        yield ("latent", None, None, "tuned lens", "latent"), findings.tuned.latent.latent
-        for layer, value in enumerate(findings.tuned.kl_after):
-            yield ("tuned", None, None, f"KL to the final output, layer {layer}", "kl"), value
+        yield Key("latent", None, None, "tuned lens", "latent"), findings.tuned.latent.latent
+        for measure in ("kl_before", "kl_after"):
+            for layer, value in enumerate(getattr(findings.tuned, measure)):
+                yield Key("tuned", None, None, tuned_item(layer), measure), value
+    for row in findings.fidelity:
+        for measure in ("audio", "video", "unparsed", "invented"):
+            if (value := getattr(row, measure)) is not None:
+                yield caption_key(row.judge, row.condition, row.question, row.cut, measure), value
     for s in findings.shift:
         for measure in ("unshifted", "marginal", "shifted", "kl"):
-            yield ("shift", s.condition, None, s.tokens, measure), getattr(s, measure)
+            yield Key("shift", s.condition, None, s.tokens, measure), getattr(s, measure)
 
 
-MEASURES: dict[str, Callable[[Sample], bool]] = {
-    "audio": lambda s: s.verdict == "audio",
-    "vision": lambda s: s.verdict == "vision",
-    "both": lambda s: s.verdict == "both",
-    "neither": lambda s: s.verdict == "neither",
-    "unparsed": lambda s: s.verdict == "unparsed",
-    "correct": lambda s: s.correct,
-}
+# ---------------------------------------------------------------- paired differences
 
 
-def _paired_following(before: list[Sample], after: list[Sample], left_out: list[str]) -> Paired:
-    """(condition, question, measure) -> after − before over the clips that both answered, clustered by video source × audio source."""
-    old, new = ({(s.clip, s.condition, s.modality, s.question): s for s in samples} for samples in (before, after))
-    shared = [key for key in old if key in new]
-    if single := len(old) + len(new) - 2 * len(shared):
-        left_out.append(f"{single} answers have no partner on the other side and are left out of the paired differences.")
-    groups: dict[tuple[str, str], list[tuple[Sample, Sample]]] = {}
-    for key in shared:
-        groups.setdefault((key[1], key[2]), []).append((old[key], new[key]))
-    result: Paired = {}
-    for (condition, question), pairs in groups.items():
-        clusters = by_source([b.video_source for b, _ in pairs], [b.audio_source for b, _ in pairs])
-        for measure, hit in MEASURES.items():
-            result[condition, question, measure] = paired_difference([hit(b) for b, _ in pairs], [hit(a) for _, a in pairs], clusters)
-    return result
+class _Pair:
+    """Items of both sides in the same order."""
+
+    def __init__(self, before: Items, after: Items):
+        old, new = ({name: i for i, name in enumerate(side.ids)} for side in (before, after))
+        ids = [name for name in before.ids if name in new]
+        self.before, self.after = before, after
+        self.rows = np.array([old[name] for name in ids], dtype=int), np.array([new[name] for name in ids], dtype=int)
+        self.single = len(before.ids) + len(after.ids) - 2 * len(ids)
+        sources = [[[side[i] for i in rows] for side in items.clusters] for items, rows in zip((before, after), self.rows, strict=True)]
+        if sources[0] != sources[1] or before.dyads != after.dyads:
+            raise ValueError("the same items have other sources before and after. Diagnose both with the same clips.")
+        sides = sources[0]
+        self.intervals = Intervals(Dyads(*sides) if before.dyads else by_source(*sides) if len(sides) == 2 else sides[0], len(ids))
+
+    def kept(self, key: Key) -> tuple[list[NDArray], list[NDArray]]:
+        """Values and weights of the shared items, before and after."""
+        values, weights = [], []
+        for items, rows in zip((self.before, self.after), self.rows, strict=True):
+            values.append(unpacked(items.values[key.text], len(items.ids))[rows])
+            weight = items.weights.get(key.text)
+            weights.append(np.ones(len(rows)) if weight is None else unpacked(weight, len(items.ids))[rows])
+        return values, weights
+
+    def difference(self, key: Key) -> Effect | None:
+        """After − before. None where one side has nothing to divide by."""
+        if key.section == "reliance" and key.measure == "shortcut":
+            names = ("effect_video", "effect_audio") if key.question == "hear" else ("effect_audio", "effect_video")
+            part, other = (self.kept(key._replace(measure=name))[0] for name in names)
+            (a, psi_a), (b, psi_b) = (shortcut(part[side], other[side]) for side in (0, 1))
+            return None if a is None or b is None else self.intervals.effects_of(b - a, (psi_b - psi_a)[:, None])[0]
+        (old, new), (w_old, w_new) = self.kept(key)
+        if not w_old.sum() or not w_new.sum():
+            return None
+        a, b = old.sum() / w_old.sum(), new.sum() / w_new.sum()
+        psi = (new - b * w_new) / w_new.mean() - (old - a * w_old) / w_old.mean()
+        rates = not self.before.weights.get(key.text) and bool(np.isin(old, (0, 1)).all() and np.isin(new, (0, 1)).all())
+        return self.intervals.effects_of(b - a, psi[:, None], of_rates=rates)[0]
+
+
+def _paired(before: Findings, after: Findings, keys: Sequence[Key], left_out: list[str]) -> dict[Key, Effect]:
+    """The paired difference of every number that both sides kept values of; what could not be paired is added to `left_out`."""
+    old, new = ({key: items for items in findings.items for key in items.values} for findings in (before, after))
+    pairs: dict[tuple[int, int], _Pair] = {}
+    result: dict[Key, Effect] = {}
+    single: dict[str, int] = {}
+    unkept, unmatched, empty = list[str](), list[str](), list[str]()
+    for key in keys:
+        at = (key._replace(measure="effect_audio") if key.section == "reliance" else key).text
+        if at not in old or at not in new:
+            unkept.append(key.section)
+            continue
+        a, b = old[at], new[at]
+        if (id(a), id(b)) not in pairs:
+            pairs[id(a), id(b)] = _Pair(a, b)
+        pair = pairs[id(a), id(b)]
+        if not pair.intervals.n:
+            unmatched.append(key.section)
+            continue
+        if pair.single:
+            single[key.section] = max(pair.single, single.get(key.section, 0))
+        difference = pair.difference(key)
+        if difference is None:
+            empty.append(key.section)
+        else:
+            result[key] = difference
+    for sections, why in (
+        (unkept, "one of the findings keeps no value per item for them"),
+        (unmatched, "the findings share none of their items"),
+        (empty, "before or after there was nothing to measure"),
+    ):
+        if sections:
+            left_out.append(f"{len(sections)} numbers have no paired difference ({', '.join(sorted(set(sections)))}): {why}.")
+    for section, count in sorted(single.items()):
+        left_out.append(f"Paired differences ({section}): up to {count} items have no partner on the other side and are left out.")
+    return _over_layers(result)
+
+
+_LAYERS = re.compile(r"(?: \[(\d+, \d+)\) \w+|, layer (\d+))$")  # "video->audio [2, 5) window", "audio label at question, layer 3"
+
+
+def _over_layers(differences: dict[Key, Effect]) -> dict[Key, Effect]:
+    """p values corrected over the layers or windows of one condition, question, row and measure; a window of two families counts once."""
+    families: dict[Key, dict[str, list[Key]]] = {}
+    for key in differences:
+        if layers := _LAYERS.search(key.item):
+            family = key._replace(item=key.item[: layers.start()])
+            families.setdefault(family, {}).setdefault(layers[1] or layers[2], []).append(key)
+    out = dict(differences)
+    for members in families.values():
+        for keys, effect in zip(members.values(), corrected([differences[keys[0]] for keys in members.values()]), strict=True):
+            out |= dict.fromkeys(keys, effect)
+    return out

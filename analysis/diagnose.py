@@ -6,9 +6,9 @@
 
     diagnose(model, clips, DiagnoseSettings.quick(120), split="selection")   # following and reliance only: for checkpoints
 
-The clips are visited in batches, each with one media prefix, on top of which every diagnostic asks its questions. Which clips, where fewer
-than all are asked for, is decided by a hash of the seed and their ids: the same for every model, and a smaller subset is part of a larger
-one.
+The clips are visited in batches, each with one media prefix, on top of which every diagnostic asks its questions (analysis/tally.py); visits
+are shared between processes and kept on disk (analysis/work.py). Which clips, where fewer than all are asked for, is decided by a hash of the
+seed and their ids: the same for every model, and a smaller subset is part of a larger one.
 """
 
 from __future__ import annotations
@@ -16,22 +16,30 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from analysis.captions import CaptionTally
+from analysis.fidelity import fidelity_rows
 from analysis.findings import Findings
 from analysis.flow import FlowTally
-from analysis.knockout import KnockoutSweep
+from analysis.items import ItemStore
+from analysis.knockout import CutAnswers, KnockoutSweep
 from analysis.probing import LensTally, ProbeFeatures, probe_rows, random_weights
 from analysis.reliance import FollowingTally, ScoreTable, reliance_rows, want_grids
+from analysis.settings import DiagnoseSettings, SettingsError
 from analysis.shift import ShiftTally
+from analysis.tally import Tally
 from analysis.visits import MODALITIES, Subject, Visit
+from analysis.work import Records, Work, code_hash, weights_hash
 from data.clips import Clip, Clips, DataError, Grid
 from data.questions import question
 from models import AVLLM, SITES, load_model
@@ -40,86 +48,6 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "av", "torchvision")
 PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "min_frames", "sampling_rate", "hop_length", "feature_size")
 
 T = TypeVar("T")
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be measured by. The message names the setting."""
-
-
-@dataclass(frozen=True)
-class DiagnoseSettings:
-    """What is measured, and on how many clips. Counts: None is all there are, 0 is none."""
-
-    counterfactual: int | None = None
-    """Counterfactual clips (conflicts)."""
-    factual: int | None = None
-    """Factual clips."""
-    alone: int | None = None
-    """Of the factual clips, how many are also asked about with sound only and with picture only."""
-    unseen: int | None = None
-    """Clips per condition of the split of unseen sources that are asked about beside the test split."""
-    grids: int | None = 300
-    """2x2 grids for modality reliance."""
-    flow: bool = True
-    """Attention flow."""
-    lens: bool = True
-    """Logit lens, and latent audio understanding from it."""
-    probes: bool = True
-    """Linear probes."""
-    shift: int | None = 200
-    """Clips per condition for token-distribution shift against the base."""
-    knockout: int | None = 80
-    """Counterfactual clips for the attention knockout sweep."""
-    knockout_factual: int | None = 40
-    """Factual clips for the attention knockout sweep."""
-    knockout_media: int | None = 12
-    """Clips per condition for cuts into media rows (video->audio, audio->video): each of these needs its own prefix."""
-    knockout_sites: tuple[str, ...] = tuple(SITES)
-    """Sites that are cut."""
-    knockout_width: int = 3
-    """Layers in a sliding window."""
-    knockout_answers: int = 1
-    """For how many of each site's best cuts greedy answers are generated. -1: for every cut."""
-    knockout_curves: tuple[str, ...] = ("video->emitters", "video->question+emitters")
-    """Sites of which every "from layer k on" cut is answered too."""
-    lens_k: int = 5
-    """A word counts as seen by the lens when it is among this many top tokens."""
-    probe_folds: int = 10
-    """Folds of the linear probes."""
-    probe_random: bool = False
-    """Also probe the model with random weights in its decoder, as a control. Another pass over the conflicts."""
-    max_new_tokens: int = 24
-    """Longest answer."""
-    draws: int = 1000
-    """Bootstrap draws."""
-    seed: int = 0
-    """Chooses clips where not all are used, shuffles labels, draws the bootstrap."""
-    batch: int = 48
-    """Clips to a visit. Does not change what is measured."""
-    suffix_batch: int = 128
-    """Questions to a batch on top of a visit. Does not change what is measured."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < (-1 if name == "knockout_answers" else 0):
-                raise SettingsError(f"{name} is {value}: it is a number of things and cannot be negative.")
-        for name in ("batch", "suffix_batch", "draws", "max_new_tokens", "lens_k", "knockout_width"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} has to be at least 1.")
-        if self.probe_folds < 2:
-            raise SettingsError("probe_folds has to be at least 2.")
-        for name in ("knockout_sites", "knockout_curves"):
-            if unknown := sorted(set(getattr(self, name)) - set(SITES)):
-                raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
-
-    @classmethod
-    def quick(cls, clips: int | None = 120, **changes: Any) -> DiagnoseSettings:
-        """Following and reliance only, on this many clips per condition (and half as many grids): what a checkpoint is judged by."""
-        return replace(cls(counterfactual=clips, factual=clips, grids=None if clips is None else clips // 2).answers_only(), **changes)
-
-    def answers_only(self) -> DiagnoseSettings:
-        """The same clips, but only what answers follow, and reliance."""
-        return replace(self, alone=0, unseen=0, flow=False, lens=False, probes=False, shift=0, knockout=0, knockout_factual=0)
 
 
 class Chosen(NamedTuple):
@@ -156,24 +84,39 @@ def first(items: Sequence[T], count: int | None) -> list[T]:
     return list(items if count is None else items[:count])
 
 
-def diagnose(model: AVLLM, clips: Clips, settings: DiagnoseSettings | None = None, split: str = "test", progress: bool = True) -> Findings:
+def diagnose(
+    model: AVLLM,
+    clips: Clips,
+    settings: DiagnoseSettings | None = None,
+    split: str = "test",
+    progress: bool = True,
+    work: Path | None = None,
+    processes: PartialState | None = None,
+) -> Findings:
     """Measure everything that `settings` asks for on one split.
 
+    work: folder in which measured visits are kept until the caller has written the findings and deletes it; a diagnosis that was killed goes on
+    from there. processes: share the visits with the other processes of a `torchrun` or `accelerate launch`, each of which calls this alike;
+    every one returns the same findings.
+
     Raises DataError for clips that cannot be used (also: sound that left no tokens), ModelError for a base that cannot be loaded, CutError where the
-    self-check finds that a cut would not do what it says.
+    self-check finds that a cut would not do what it says, SettingsError for a site that there is not.
     """
     settings = settings or DiagnoseSettings()
+    for name in ("knockout_sites", "knockout_curves"):
+        if unknown := sorted(set(getattr(settings, name) or ()) - set(SITES)):
+            raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
     chosen = choose(clips, split, settings)
     if not chosen.factual and not chosen.counterfactual:
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
-    findings = Findings(
-        model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, stated(model, clips, settings, split, chosen)
-    )
+    asked = stated(model, clips, settings, split, chosen)
+    findings = Findings(model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, asked)
+    key = {} if work is None else {"stated": asked, "split": split, "clips": clips.data_hash, "weights": weights_hash(model), "code": code_hash()}
     training = model.thinker.training
     model.thinker.eval()
     try:
-        with _bar(progress) as bar:
-            _Diagnosis(model, clips, settings, split, chosen, findings, bar).run()
+        with _bar(progress and (processes is None or processes.is_main_process)) as bar:
+            _Diagnosis(model, clips, settings, split, chosen, findings, bar, Work(work, key, processes)).run()
     finally:
         model.thinker.train(training)
     return findings
@@ -184,22 +127,35 @@ def _bar(progress: bool) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True)
 
 
-class _Diagnosis:
-    """One run of `diagnose`: which visits are made, and who looks at each."""
+@dataclass(frozen=True)
+class Job:
+    """One visit that some process makes, and the tallies that look at it."""
 
-    def __init__(self, model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen, findings: Findings, bar: Progress):
-        self.model, self.clips, self.settings, self.split, self.chosen, self.findings, self.bar = model, clips, settings, split, chosen, findings, bar
+    condition: str
+    start: int
+    clips: list[Clip]
+    tallies: tuple[str, ...]
+    video: bool = True
+    audio: bool = True
+    taps: bool = False
+    random: bool = False  # with random weights in the decoder's layers
+    steps: int = 1  # what a clip counts on the bar
+
+
+class _Diagnosis:
+    """One run of `diagnose`: which visits are made, who looks at each, and what is made of it."""
+
+    def __init__(
+        self, model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen, findings: Findings, bar: Progress, work: Work
+    ):
+        self.model, self.settings, self.chosen, self.findings, self.bar, self.work = model, settings, chosen, findings, bar, work
         self.subject = Subject(model, clips, settings.max_new_tokens, settings.suffix_batch)
         self.by_id = clips.by_id()
         self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
-        self.unseen = {
-            f"unseen_{condition}": getattr(
-                choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)), condition
-            )
-            for condition in self.conditions
-            if split == "test"
-        }
-        self.following, self.table = FollowingTally(), ScoreTable()
+        unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)) if split == "test" else None
+        self.unseen = {"unseen_factual": unseen.factual, "unseen_counterfactual": unseen.counterfactual} if unseen else {}
+        self.swept = {"factual": first(chosen.factual, settings.knockout_factual), "counterfactual": first(chosen.counterfactual, settings.knockout)}
+        self.tallies: dict[str, Tally] = {}
         self.task = bar.add_task("starting", total=None)
 
     def run(self) -> None:
@@ -209,109 +165,141 @@ class _Diagnosis:
         for condition, clips in self.conditions.items():
             if not clips:
                 out.append(f"Nothing was measured on {condition} clips: there are none in the split, or none were asked for.")
-        want_grids(self.table, chosen.grids, self.by_id)
+        following, scores = FollowingTally(), ScoreTable()
+        want_grids(scores, chosen.grids, self.by_id)
         flow = FlowTally() if settings.flow else None
         lens = LensTally(self.subject, settings.lens_k) if settings.lens and conflicts else None
         features = ProbeFeatures() if settings.probes and conflicts else None
+        silent = ProbeFeatures() if features else None
+        random = ProbeFeatures() if features and settings.probe_random else None
         shift = self._shift() if settings.shift != 0 else None
-        sweep = None
-        if settings.knockout_sites and (settings.knockout != 0 or settings.knockout_factual != 0):
+        captions = CaptionTally(self.subject.labels) if settings.captions != 0 else None
+        sweep, sites = None, tuple(SITES) if settings.knockout_sites is None else settings.knockout_sites
+        if sites and any(self.swept.values()):
             media = settings.knockout_media if settings.knockout_media is not None else len(self.by_id)
-            sweep = KnockoutSweep(self.subject, settings.knockout_sites, settings.knockout_width, media)
-        caps = {"factual": settings.knockout_factual, "counterfactual": settings.knockout}
-        self._total(features, sweep)
-
-        for condition, clips in self.conditions.items():
-            swept = len(first(clips, caps[condition])) if sweep else 0
-            shifted = len(first(clips, settings.shift)) if shift else 0
-            taps = bool(flow or (condition == "counterfactual" and (lens or features)))
-            self.bar.update(self.task, description=f"{condition} clips")
-            for start, part in self._parts(clips, (swept, shifted)):
-                visit = Visit(self.subject, part, condition, taps=taps)
-                self.following.add(visit)
-                self.table.add(visit)
-                if flow:
-                    flow.add(visit)
-                if lens and condition == "counterfactual":
-                    lens.add(visit)
-                if features and condition == "counterfactual":
-                    features.add(visit)
-                if shift and start < shifted:
-                    shift.add(visit)
-                if sweep and start < swept:
-                    sweep.add(visit)
-                self.bar.advance(self.task, len(part) * (4 if start < swept else 1))
-        self._other_following()
-        self._rest_of_grids()
+            sweep = KnockoutSweep(self.subject, sites, settings.knockout_width, media)
+        asked: dict[str, Tally | None] = {
+            "following": following, "scores": scores, "flow": flow, "lens": lens, "probes": features, "without sound": silent, "random": random,
+            "shift": shift, "captions": captions, "knockout": sweep,
+        }  # fmt: skip
+        self.tallies = {name: tally for name, tally in asked.items() if tally is not None}
+        self._make("visits", self._visits(scores))
+        under_cuts = self._under_cuts(sweep) if sweep and captions and settings.caption_cuts else None
         if sweep:
-            self._cut_answers(sweep, caps)
+            self._make("answers", [*self._cut_answers(sweep), *(self._cut_captions(sweep, under_cuts) if under_cuts else ())])
 
-        draws, seed = settings.draws, settings.seed
+        self.bar.update(self.task, description="fitting probes")
+        items = ItemStore()
         if features:
-            silent = self._control(chosen.counterfactual, "without sound", audio=False)
-            random = self._control(chosen.counterfactual, "random weights", weights=True) if settings.probe_random else None
-            self.bar.update(self.task, description="fitting probes")
-            findings.probes = probe_rows(features, silent, random, settings.probe_folds, draws, seed)
+            findings.probes = probe_rows(features, silent, random, settings.probe_folds, items, settings.seed)
             out.append(
                 "Probes: the control without sound exists only for the sound's label where there are rows without sound (question, last prompt row)."
             )
             if random is None:
                 out.append("Probes: the control with random weights was not asked for.")
         self.bar.update(self.task, description="intervals")
-        findings.following = self.following.rows(draws, seed)
-        findings.samples = self.following.samples
+        findings.following = following.rows(items)
+        findings.samples = following.samples
         if chosen.grids:
-            findings.reliance = reliance_rows(self.table, chosen.grids, self.by_id, draws, seed)
+            findings.reliance = reliance_rows(scores, chosen.grids, self.by_id, items, settings.flips, settings.seed)
         elif settings.grids != 0:
             out.append("Modality reliance: the split has no grids.")
         if flow:
-            findings.flow = flow.rows(draws, seed)
+            findings.flow = flow.rows(items)
         if lens:
-            findings.lens, findings.latent = lens.rows(draws, seed), lens.latent(draws, seed)
+            findings.lens, findings.latent = lens.rows(items), lens.latent(items)
         if shift:
-            findings.shift = shift.rows(draws, seed)
+            findings.shift = shift.rows(items)
         if sweep:
-            findings.knockout = sweep.rows(draws, seed)
-        off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "knockout": sweep}
+            findings.knockout = sweep.rows(items)
+        if captions:
+            findings.labels = {name: list(phrases) for name, phrases in self.subject.labels.items()}
+            findings.captions = captions.captions + (under_cuts.captions if under_cuts else [])
+            findings.fidelity = fidelity_rows(findings.captions, items)
+        findings.items = items.saved()
+        off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "caption fidelity": captions, "knockout": sweep}
         if names := [name for name, tally in off.items() if tally is None]:
             out.append(f"Not measured: {', '.join(names)} (not asked for, or nothing to measure on).")
 
-    # ---------------------------------------------------------------- parts
+    # ---------------------------------------------------------------- jobs
 
-    def _parts(self, clips: Sequence[Clip], ends: Iterable[int] = ()) -> Iterable[tuple[int, list[Clip]]]:
-        """(start, clips) of each visit. No visit goes across one of `ends`, so that a diagnostic on the first n clips gets whole visits."""
-        cuts = sorted({0, len(clips), *(e for e in ends if e < len(clips))})
-        for begin, end in itertools.pairwise(cuts):
+    def _make(self, stage: str, jobs: list[Job]) -> None:
+        """Make this process's share of the visits, and take up the records of all."""
+
+        def measure(i: int) -> Records:
+            job = jobs[i]
+            self.bar.update(self.task, description=job.condition.replace("_", " "))
+            with random_weights(self.model, self.settings.seed) if job.random else nullcontext():
+                visit = Visit(self.subject, job.clips, job.condition, job.video, job.audio, job.taps, job.start)
+                return {name: self.tallies[name].measure(visit) for name in job.tallies}
+
+        self.bar.reset(self.task, total=sum(jobs[i].steps * len(jobs[i].clips) for i in self.work.mine(len(jobs))))
+        records = self.work.records(stage, len(jobs), measure, lambda i: self.bar.advance(self.task, jobs[i].steps * len(jobs[i].clips)))
+        for job, record in zip(jobs, records, strict=True):
+            for name in job.tallies:
+                self.tallies[name].take(job.clips, job.condition, record[name])
+
+    def _jobs(self, condition: str, clips: Sequence[Clip], named: Mapping[str, int | None], **how: Any) -> Iterable[Job]:
+        """Jobs over clips in batches. `named`: tally -> on how many of the clips, the first ones (None: all). No batch goes across one of these ends,
+        so that a tally gets whole visits.
+        """
+        counts = {name: len(first(clips, count)) for name, count in named.items() if name in self.tallies}
+        for begin, end in itertools.pairwise(sorted({0, len(clips), *counts.values()})):
             for start in range(begin, end, self.settings.batch):
-                yield start, list(clips[start : min(end, start + self.settings.batch)])
+                mine = tuple(name for name, count in counts.items() if start < count)
+                steps = 4 if "knockout" in mine else 1
+                yield Job(condition, start, list(clips[start : min(end, start + self.settings.batch)]), mine, steps=steps, **how)
 
-    def _total(self, features: ProbeFeatures | None, sweep: KnockoutSweep | None) -> None:
-        """How many steps the bar has: clips to visit, those of the sweep counted four times."""
-        chosen, settings = self.chosen, self.settings
-        steps = (
-            len(chosen.factual) + len(chosen.counterfactual) + 2 * len(first(chosen.factual, settings.alone)) + sum(map(len, self.unseen.values()))
-        )
-        if features:
-            steps += len(chosen.counterfactual) * (2 if settings.probe_random else 1)
-        if sweep:
-            steps += 3 * (len(first(chosen.factual, settings.knockout_factual)) + len(first(chosen.counterfactual, settings.knockout)))
-        self.bar.update(self.task, total=steps)
+    def _visits(self, scores: ScoreTable) -> list[Job]:
+        """The clips asked about; with one stream only; of unseen sources; those of grids that are not among them; controls of the probes."""
+        settings, jobs = self.settings, list[Job]()
+        for condition, clips in self.conditions.items():
+            conflict = None if condition == "counterfactual" else 0
+            named = {"following": None, "scores": None, "flow": None, "lens": conflict, "probes": conflict}
+            named |= {"shift": settings.shift, "captions": settings.captions}
+            taps = any(name in self.tallies and named[name] != 0 for name in ("flow", "lens", "probes"))
+            jobs += self._jobs(condition, clips, {**named, "knockout": len(self.swept[condition])}, taps=taps)
+        alone = first(self.chosen.factual, settings.alone)
+        jobs += self._jobs("audio_only", alone, {"following": None}, video=False)
+        jobs += self._jobs("video_only", alone, {"following": None}, audio=False)
+        for condition, clips in self.unseen.items():
+            jobs += self._jobs(condition, clips, {"following": None})
+        there = {clip.id for clips in self.conditions.values() for clip in clips}
+        jobs += self._jobs("grid", [self.by_id[name] for name in scores.wanted if name not in there], {"scores": None})
+        if "without sound" in self.tallies:
+            jobs += self._jobs("without sound", self.chosen.counterfactual, {"without sound": None}, audio=False, taps=True)
+        if "random" in self.tallies:
+            jobs += self._jobs("random weights", self.chosen.counterfactual, {"random": None}, taps=True, random=True)
+        return jobs
 
-    def _other_following(self) -> None:
-        """Answers with one stream only, and about unseen sources."""
-        alone = first(self.chosen.factual, self.settings.alone)
-        jobs: list[tuple[str, list[Clip], bool, bool]] = [("audio_only", alone, False, True), ("video_only", alone, True, False)]
-        jobs += [(condition, clips, True, True) for condition, clips in self.unseen.items()]
-        for condition, clips, video, audio in jobs:
-            self.bar.update(self.task, description=condition.replace("_", " "))
-            for _, part in self._parts(clips):
-                self.following.add(Visit(self.subject, part, condition, video=video, audio=audio))
-                self.bar.advance(self.task, len(part))
+    def _cut_answers(self, sweep: KnockoutSweep) -> list[Job]:
+        """Greedy answers under cuts: of the curves, on all clips of the sweep; of the best of each site, on factual clips and on conflicts not
+        chosen on.
+        """
+        wanted, out = self.settings.knockout_answers, self.findings.left_out
+        curve = sweep.curve([site for site in self.settings.knockout_curves if site in sweep.sites])
+        best = [cut for cut in sweep.best(10**6 if wanted < 0 else wanted) if cut not in curve]
+        self.tallies["cut answers"] = CutAnswers(sweep, curve, best, None if wanted < 0 else sweep.halves()[1])
+        if wanted > 0 and best:
+            out.append(
+                "Knockout: besides the curves, each site's best cut was chosen on one half of the conflicts and its answers measured on the other; "
+                "all other cuts were only scored."
+            )
+        if curve or wanted < 0:
+            out.append("Knockout: whoever picks the best cut from a curve picks on the clips it is reported on; measure it again on another split.")
+        return [job for condition, clips in self.swept.items() for job in self._jobs(condition, clips, {"cut answers": None})]
 
-    def _rest_of_grids(self) -> None:
-        """Cells of grids that were not among the clips asked about."""
-        for _, part in self._parts([self.by_id[name] for name in self.table.missing()]):
-            self.table.add(Visit(self.subject, part, "grid"))
+    def _under_cuts(self, sweep: KnockoutSweep) -> CaptionTally:
+        """Captions under the best cuts: of each site the best on the choosing half, of these the first few."""
+        cuts = sweep.strongest(self.settings.caption_cuts)
+        return CaptionTally(self.subject.labels, cuts=cuts)
+
+    def _cut_captions(self, sweep: KnockoutSweep, tally: CaptionTally) -> Iterable[Job]:
+        """On factual clips, and on conflicts that had no part in choosing the cuts."""
+        self.tallies["cut captions"] = tally
+        report = sweep.halves()[1]
+        for condition, clips in self.swept.items():
+            yield from self._jobs(condition, [c for c in clips if condition == "factual" or c.id in report], {"cut captions": None})
 
     def _shift(self) -> ShiftTally | None:
         base = None
@@ -326,38 +314,6 @@ class _Diagnosis:
             )
             return None
         return tally
-
-    def _cut_answers(self, sweep: KnockoutSweep, caps: dict[str, int | None]) -> None:
-        """Greedy answers under cuts: of the curves, on all clips of the sweep; of the best of each site, on factual clips and on conflicts not
-        chosen on.
-        """
-        wanted, out = self.settings.knockout_answers, self.findings.left_out
-        curve = sweep.curve([site for site in self.settings.knockout_curves if site in sweep.sites])
-        best = [cut for cut in sweep.best(10**6 if wanted < 0 else wanted) if cut not in curve]
-        _, report = sweep.halves()
-        self.bar.update(self.task, description="answers under cuts")
-        for condition, clips in self.conditions.items():
-            for _, part in self._parts(first(clips, caps[condition])):
-                visit = Visit(self.subject, part, condition)
-                sweep.answer(visit, curve)
-                sweep.answer(visit, best, None if wanted < 0 or condition == "factual" else report)
-        if wanted > 0 and best:
-            out.append(
-                "Knockout: besides the curves, each site's best cut was chosen on one half of the conflicts and its answers measured on the other; "
-                "all other cuts were only scored."
-            )
-        if curve or wanted < 0:
-            out.append("Knockout: whoever picks the best cut from a curve picks on the clips it is reported on; measure it again on another split.")
-
-    def _control(self, clips: Sequence[Clip], name: str, audio: bool = True, weights: bool = False) -> ProbeFeatures:
-        """Probe features of the same clips under a control."""
-        self.bar.update(self.task, description=f"probes, {name}")
-        out = ProbeFeatures()
-        with random_weights(self.model, self.settings.seed) if weights else nullcontext():
-            for _, part in self._parts(clips):
-                out.add(Visit(self.subject, part, name, audio=audio, taps=True))
-                self.bar.advance(self.task, len(part))
-        return out
 
 
 def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen) -> dict[str, Any]:

@@ -137,12 +137,17 @@ def verdict(answer: str, clip: Clip, phrases: Mapping[str, str], video: bool = T
     audio: it names the sound's class and not the picture's; vision: the reverse; both; neither: other known classes only; unparsed: no known class.
     `video`, `audio`: which streams the model was given. Where the labels agree a right answer counts as `audio`, as `vision` if there was no sound.
     """
+    return follows(answer, clip.video_label if video else "", clip.audio_label if audio else "", phrases)
+
+
+def follows(answer: str, video_label: str, audio_label: str, phrases: Mapping[str, str]) -> Verdict:
+    """`verdict` from the two classes alone; "" is a stream that was not given."""
     names = named(answer, phrases)
     if not names:
         return "unparsed"
-    heard, seen = audio and clip.audio_label in names, video and clip.video_label in names
+    heard, seen = audio_label in names, video_label in names
     if heard and seen:
-        return "both" if clip.audio_label != clip.video_label else "audio"
+        return "both" if audio_label != video_label else "audio"
     return "audio" if heard else "vision" if seen else "neither"
 
 

@@ -24,13 +24,26 @@ class FindingsError(ValueError):
 
 @dataclass
 class Estimate:
-    """A mean with its 95 % bootstrap interval, `n` items in `clusters` clusters. None where nothing could be measured."""
+    """A mean with its 95 % interval, `n` items in `clusters` clusters (sources). None where nothing could be measured."""
 
     value: float | None
     low: float | None
     high: float | None
     n: int
     clusters: int
+
+
+@dataclass
+class Effect(Estimate):
+    """A signed quantity with the two-sided p value of "it is zero" (None where one cluster allows none).
+
+    `p_corrected`: after Holm over its family (docs/definitions.md), None for a quantity that is no part of a sweep. `size`: value divided by the
+    standard deviation over items; None where all items agree.
+    """
+
+    p: float | None = None
+    p_corrected: float | None = None
+    size: float | None = None
 
 
 @dataclass
@@ -53,12 +66,19 @@ class Following:
 
 @dataclass
 class Reliance:
-    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal."""
+    """The 2x2 grid. `shortcut` = |mean E_V| / (|mean E_A| + |mean E_V|) on hear-questions, its mirror on see-questions; 0 is ideal.
+
+    From the permutation null (docs/definitions.md), None where one cluster allows none: `p_audio`, `p_video` of each effect, and `shortcut_null`,
+    what the index stays below in 95 % of cases if the stream not asked about does not matter.
+    """
 
     question: str
-    effect_audio: Estimate
-    effect_video: Estimate
+    effect_audio: Effect
+    effect_video: Effect
     shortcut: Estimate
+    p_audio: float | None = None
+    p_video: float | None = None
+    shortcut_null: float | None = None
 
 
 @dataclass
@@ -75,8 +95,8 @@ class CutEffect:
     family: str  # window | from | all
     condition: str
     question: str
-    delta_logprob: Estimate
-    delta_margin: Estimate | None
+    delta_logprob: Effect
+    delta_margin: Effect | None
     audio: Estimate | None
     vision: Estimate | None
 
@@ -159,7 +179,7 @@ class Shift:
 
 @dataclass
 class Sample:
-    """One clip with what the model said: shown in the page, kept for paired comparison."""
+    """One clip with what the model said, shown in the page."""
 
     clip: str
     file: str
@@ -178,6 +198,62 @@ class Sample:
         """Whether the answer names, alone, what the question designates. On factual clips the labels agree and `audio` is the right verdict."""
         agree = self.condition.endswith("factual") and not self.condition.endswith("counterfactual")
         return self.verdict == ("audio" if agree or self.modality == "hear" else "vision")
+
+
+@dataclass
+class CaptionScore:
+    """One judge's reading of one caption. A side is None where the question did not ask for it, the clip has no such event, or the judge could
+    not read the reply (`parsed` is False then, and `invented` 0).
+    """
+
+    judge: str  # labels | embedding:<model> | llm:<model>
+    audio: float | None  # 0..1
+    video: float | None  # 0..1
+    invented: int  # events on the sides asked for that the clip does not have
+    parsed: bool
+
+
+@dataclass
+class Caption:
+    """A free caption of one clip, and what judges read in it."""
+
+    clip: str
+    file: str
+    condition: str
+    modality: str  # see | hear | both
+    question: str
+    cut: str | None  # e.g. "video->emitters 4:8": the answer was given under this cut, layers [4, 8)
+    answer: str
+    seen: str  # "" where the model was given no picture
+    heard: str  # "" where the model was given no sound
+    video_source: str
+    audio_source: str
+    scores: list[CaptionScore]
+
+
+@dataclass
+class CaptionFidelity:
+    """Mean scores of one judge on the captions it could read, the share it could not read, and the share of read ones with an invented event."""
+
+    judge: str
+    condition: str
+    question: str  # see | hear | both
+    cut: str | None
+    audio: Estimate | None  # None where the question does not ask for the sound
+    video: Estimate | None
+    unparsed: Estimate
+    invented: Estimate
+
+
+@dataclass
+class Items:
+    """Values of the same clips (or grids) under several keys, for paired comparison. Written by analysis/items.py, explained in docs/findings.md."""
+
+    ids: list[str]
+    clusters: list[list[str]]  # the sources of each item: one list, two where both streams vary, two for the members of grids
+    dyads: bool  # whether both lists name sources of one kind (grids)
+    values: dict[str, str] = field(default_factory=dict)  # key -> one number an item, as text
+    weights: dict[str, str] = field(default_factory=dict)  # key -> how many things each value is the sum over, where that is not 1
 
 
 @dataclass
@@ -201,6 +277,10 @@ class Findings:
     tuned: Tuned | None = None
     shift: list[Shift] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    labels: dict[str, list[str]] = field(default_factory=dict)  # class -> [seen, heard]: every event that a judge knows
+    captions: list[Caption] = field(default_factory=list)
+    fidelity: list[CaptionFidelity] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
     format: int = FORMAT
 

@@ -23,10 +23,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.events import verdict
-from analysis.findings import CutEffect, Estimate
+from analysis.events import Verdict, verdict
+from analysis.findings import CutEffect
+from analysis.items import ItemStore, Key, cut_item
 from analysis.probing import halves
-from analysis.visits import MODALITIES, Resampler, Subject, Visit, clip_clusters
+from analysis.statistics import corrected
+from analysis.tally import Record, Tally
+from analysis.visits import MODALITIES, Subject, Visit
 from data.clips import Clip
 from data.questions import Modality, question
 from models import SITES, Cut, self_check
@@ -57,6 +60,18 @@ def asked(site: str) -> Modality:
     return "hear" if site.startswith("video->") else "see"
 
 
+def cut_text(cut: Cut) -> str:
+    """`video->emitters 4:8`, as plans and findings write a cut."""
+    return f"{cut.site} {cut.start}:{cut.stop}"
+
+
+def cut_of(text: str) -> Cut:
+    """The cut that `cut_text` wrote."""
+    site, _, window = text.rpartition(" ")
+    start, _, stop = window.partition(":")
+    return Cut.at(site, int(start), int(stop))
+
+
 def designated(clip: Clip, modality: Modality) -> tuple[str, str]:
     """(class asked for, class of the other stream)."""
     return (clip.audio_label, clip.video_label) if modality == "hear" else (clip.video_label, clip.audio_label)
@@ -71,10 +86,10 @@ class _Cell:
     margin: list[float] = field(default_factory=list)
 
 
-class KnockoutSweep:
+class KnockoutSweep(Tally):
     """Scores of every cut on all visits. `add` each visit, then `best()` and `rows()`.
 
-    `media_clips`: on how many clips of each condition cuts into media rows are measured, the first ones visited.
+    `media_clips`: on how many clips of each condition cuts into media rows are measured, the first ones (Visit.start says where a visit begins).
     """
 
     def __init__(self, subject: Subject, sites: Sequence[str] = tuple(SITES), width: int = 3, media_clips: int = 32):
@@ -84,27 +99,38 @@ class KnockoutSweep:
         self.windows = windows(subject.model.n_layers, width)
         self._cells: dict[tuple[str, Modality, Cut | None], _Cell] = {}  # (condition, question, cut)
         self._checked = False
-        self._answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, str]]] = {}
+        self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict]]] = {}  # what CutAnswers found
 
-    def add(self, visit: Visit) -> None:
+    def measure(self, visit: Visit) -> Record:
         """Score every cut on the visit's clips."""
         if not self._checked:
             self_check(self.subject.model, visit.media[0], question("hear"))
             self._checked = True
+        record: Record = {}
         for modality in MODALITIES:
             sites = [site for site in self.sites if asked(site) == modality]
             if not sites:
                 continue
             cuts = [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows]
             media = [cut for cut in cuts if cut.cuts_media]
-            self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
-            done = self._cells.get((visit.condition, modality, media[0]), _Cell()).clips if media else []
-            n = min(len(visit.clips), self.media_clips - len(done))
+            record |= self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
+            n = min(len(visit.clips), self.media_clips - visit.start)
             for cut in media if n > 0 else ():
-                self._score(visit, modality, [cut], self.subject.model.prefill(visit.media[:n], [(cut,)] * n), n)
+                record |= self._score(visit, modality, [cut], self.subject.model.prefill(visit.media[:n], [(cut,)] * n), n)
+        return record
 
-    def _score(self, visit: Visit, modality: Modality, cuts: Sequence[Cut | None], prefix=None, n: int | None = None) -> None:
-        """Score both labels (one, where they agree) of the first `n` clips under each cut, all in one stream of batches."""
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        for name, (score, margin) in record.items():
+            modality, _, cut = name.partition(" ")
+            cell = self._cells.setdefault((condition, modality, cut_of(cut) if cut else None), _Cell())  # type: ignore[arg-type]
+            cell.clips += clips[: len(score)]
+            cell.score += score.tolist()
+            cell.margin += margin.tolist()
+
+    def _score(self, visit: Visit, modality: Modality, cuts: Sequence[Cut | None], prefix=None, n: int | None = None) -> Record:
+        """Score both labels (one, where they agree) of the first `n` clips under each cut, all in one stream of batches. "question cut" ->
+        (2, n): score and margin.
+        """
         clips = visit.clips[:n]
         jobs = []
         for c in range(len(cuts)):
@@ -118,13 +144,12 @@ class KnockoutSweep:
             [() if cuts[c] is None else (cuts[c],) for c, *_ in jobs],  # type: ignore[misc]
         )
         table = {job: float(s) for job, s in zip(jobs, scores, strict=True)}
+        out: Record = {}
         for c, cut in enumerate(cuts):
-            cell = self._cells.setdefault((visit.condition, modality, cut), _Cell())
-            for row, clip in enumerate(clips):
-                own, other = designated(clip, modality)
-                cell.clips.append(clip)
-                cell.score.append(table[c, row, own])
-                cell.margin.append(table[c, row, own] - table[c, row, other])
+            pairs = [designated(clip, modality) for clip in clips]
+            wanted, rival = (np.array([table[c, row, pair[side]] for row, pair in enumerate(pairs)]) for side in (0, 1))
+            out[f"{modality} {cut_text(cut)}" if cut else modality] = np.stack([wanted, wanted - rival])
+        return out
 
     def deltas(self, condition: str, modality: Modality, cut: Cut) -> tuple[list[Clip], NDArray, NDArray]:
         """Clips, change of s of the designated label and of its margin, against the uncut model on the same clips."""
@@ -144,71 +169,96 @@ class KnockoutSweep:
 
     def best(self, per_site: int) -> list[Cut]:
         """For each site the cuts that raise the designated label's margin on conflicts most, on the choosing half."""
+        return [cut for site in self.sites for cut in list(self._ranked(site))[:per_site]]
+
+    def strongest(self, count: int) -> list[Cut]:
+        """The best cut of each site, and of these the first `count`. Not cuts into media rows: they are measured on too few clips to rank."""
+        best = {cut: gain for site in self.sites for cut, gain in list(self._ranked(site).items())[:1] if not cut.cuts_media}
+        return sorted(best, key=lambda cut: -best[cut])[:count]
+
+    def _ranked(self, site: str) -> dict[Cut, float]:
+        """The cuts of a site with what they add to the margin on the choosing half, best first."""
         choose, _ = self.halves()
-        out = []
-        for site in self.sites:
-            gain = {}
-            for w in self.windows:
-                cut = Cut.at(site, w.start, w.stop)
-                if ("counterfactual", asked(site), cut) in self._cells:
-                    clips, _, margin = self.deltas("counterfactual", asked(site), cut)
-                    chosen = [m for clip, m in zip(clips, margin, strict=True) if clip.id in choose]
-                    gain[cut] = float(np.mean(chosen)) if chosen else -np.inf
-            out += sorted(gain, key=lambda cut: (-gain[cut], cut.start, cut.stop))[:per_site]
-        return out
+        gain = {}
+        for w in self.windows:
+            cut = Cut.at(site, w.start, w.stop)
+            if ("counterfactual", asked(site), cut) in self._cells:
+                clips, _, margin = self.deltas("counterfactual", asked(site), cut)
+                chosen = [m for clip, m in zip(clips, margin, strict=True) if clip.id in choose]
+                gain[cut] = float(np.mean(chosen)) if chosen else -np.inf
+        return dict(sorted(gain.items(), key=lambda pair: (-pair[1], pair[0].start, pair[0].stop)))
 
     def curve(self, sites: Sequence[str]) -> list[Cut]:
         """Every "from layer k on" cut of these sites."""
         return [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows if "from" in w.families]
 
-    def answer(self, visit: Visit, cuts: Sequence[Cut], only: set[str] | None = None) -> None:
-        """Greedy answers of the visit's clips (of those whose id is in `only`) under each cut, for the following rates of `rows`."""
-        rows = [row for row, clip in enumerate(visit.clips) if only is None or clip.id in only]
-        if not rows:
-            return
-        for modality in MODALITIES:
+    def rows(self, items: ItemStore) -> list[CutEffect]:
+        """One row a site, window, family, condition and question; p values corrected over the windows of a site, condition and measure."""
+        out = []
+        for condition in dict.fromkeys(condition for condition, _, _ in self._cells):
+            for site in self.sites:
+                modality = asked(site)
+                cuts = [(w, Cut.at(site, w.start, w.stop)) for w in self.windows]
+                cuts = [(w, cut) for w, cut in cuts if (condition, modality, cut) in self._cells]
+                if not cuts:
+                    continue
+                found = [self.deltas(condition, modality, cut) for _, cut in cuts]
+                group = items.clips(found[0][0])
+                score, margin = np.stack([s for _, s, _ in found], axis=1), np.stack([m for *_, m in found], axis=1)
+                changes = corrected(group.intervals.effects(score))
+                margins = corrected(group.intervals.effects(margin)) if condition == "counterfactual" else [None] * len(cuts)
+                for c, (w, cut) in enumerate(cuts):
+                    said = self.answers.get((condition, modality, cut), [])
+                    answered = items.clips([clip for clip, _ in said])
+                    shares = np.array([[v == "audio", v == "vision"] for _, v in said])
+                    rates = answered.intervals.rates(shares) if said else [None, None]
+                    for family in w.families:
+                        item = cut_item(site, w.start, w.stop, family)
+                        key = {m: Key("knockout", condition, modality, item, m) for m in ("delta_logprob", "delta_margin", "audio", "vision")}
+                        group.keep(key["delta_logprob"], score[:, c])
+                        if margins[c]:
+                            group.keep(key["delta_margin"], margin[:, c])
+                        for r, measure in enumerate(("audio", "vision") if said else ()):
+                            answered.keep(key[measure], shares[:, r])
+                        out.append(CutEffect(site, w.start, w.stop, family, condition, modality, changes[c], margins[c], *rates))
+        return sorted(out, key=lambda e: (e.condition, self.sites.index(e.site), ("window", "from", "all").index(e.family), e.start))
+
+
+class CutAnswers(Tally):
+    """Greedy answers under cuts, for the following rates of `KnockoutSweep.rows`.
+
+    `cuts` are answered on every clip of a visit, `best` on factual clips and on the conflicts whose id is in `only`.
+    """
+
+    def __init__(self, sweep: KnockoutSweep, cuts: Sequence[Cut], best: Sequence[Cut] = (), only: set[str] | None = None):
+        self.sweep, self.subject, self.cuts, self.best, self.only = sweep, sweep.subject, list(cuts), list(best), only
+
+    def measure(self, visit: Visit) -> Record:
+        """What the answers follow: "cut" -> [rows of the visit, verdicts]."""
+        everywhere = list(range(len(visit.clips)))
+        chosen = [i for i in everywhere if visit.condition == "factual" or self.only is None or visit.clips[i].id in self.only]
+        return self._answers(visit, self.cuts, everywhere) | self._answers(visit, self.best, chosen)
+
+    def _answers(self, visit: Visit, cuts: Sequence[Cut], rows: Sequence[int]) -> Record:
+        record: Record = {}
+        for modality in MODALITIES if rows else ():
             mine = [cut for cut in cuts if asked(cut.site) == modality]
             plain = [cut for cut in mine if not cut.cuts_media]
-            ids = self.subject.greedy(visit.prefix, rows * len(plain), modality, [(cut,) for cut in plain for _ in rows])
-            for c, cut in enumerate(plain):
-                self._keep(visit, modality, cut, rows, ids[c * len(rows) : (c + 1) * len(rows)])
+            ids = self.subject.greedy(visit.prefix, [*rows] * len(plain), modality, [(cut,) for cut in plain for _ in rows])
+            answers = {cut: ids[c * len(rows) : (c + 1) * len(rows)] for c, cut in enumerate(plain)}
             for cut in mine:
                 if cut.cuts_media:
                     given = [(cut,)] * len(rows)
                     prefix = self.subject.model.prefill([visit.media[row] for row in rows], given)
-                    self._keep(visit, modality, cut, rows, self.subject.greedy(prefix, range(len(rows)), modality, given))
+                    answers[cut] = self.subject.greedy(prefix, range(len(rows)), modality, given)
+            phrases = self.subject.phrases[modality]
+            for cut, said in answers.items():
+                verdicts = [verdict(self.subject.text(i), visit.clips[row], phrases) for row, i in zip(rows, said, strict=True)]
+                record[cut_text(cut)] = [list(rows), verdicts]
+        return record
 
-    def _keep(self, visit: Visit, modality: Modality, cut: Cut, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
-        phrases = self.subject.phrases[modality]
-        said = [(visit.clips[row], verdict(self.subject.text(i), visit.clips[row], phrases)) for row, i in zip(rows, ids, strict=True)]
-        self._answers.setdefault((visit.condition, modality, cut), []).extend(said)
-
-    def rows(self, draws: int, seed: int) -> list[CutEffect]:
-        """One row a site, window, family, condition and question."""
-        resamplers: dict[tuple[str, ...], Resampler] = {}
-
-        def resampler(clips: Sequence[Clip]) -> Resampler:
-            key = tuple(clip.id for clip in clips)
-            if key not in resamplers:
-                resamplers[key] = Resampler(clip_clusters(clips), len(clips), draws, seed)
-            return resamplers[key]
-
-        out = []
-        conditions = list(dict.fromkeys(condition for condition, _, _ in self._cells))
-        for condition in conditions:
-            for site in self.sites:
-                modality = asked(site)
-                for w in self.windows:
-                    cut = Cut.at(site, w.start, w.stop)
-                    if (condition, modality, cut) not in self._cells:
-                        continue
-                    clips, score, margin = self.deltas(condition, modality, cut)
-                    both = resampler(clips).estimates(np.stack([score, margin], axis=1))
-                    rates: list[Estimate | None] = [None, None]
-                    if said := self._answers.get((condition, modality, cut)):
-                        shares = np.array([[v == "audio", v == "vision"] for _, v in said], dtype=float)
-                        rates = [*resampler([clip for clip, _ in said]).estimates(shares)]
-                    delta_margin = both[1] if condition == "counterfactual" else None
-                    for family in w.families:
-                        out.append(CutEffect(site, w.start, w.stop, family, condition, modality, both[0], delta_margin, *rates))
-        return sorted(out, key=lambda e: (e.condition, self.sites.index(e.site), ("window", "from", "all").index(e.family), e.start))
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        for name, (rows, said) in record.items():
+            cut = cut_of(name)
+            pairs = [(clips[row], what) for row, what in zip(rows, said, strict=True)]
+            self.sweep.answers.setdefault((condition, asked(cut.site), cut), []).extend(pairs)

@@ -28,9 +28,10 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.events import event_words, named
-from analysis.findings import Estimate, Latent, Lens, Probe
+from analysis.findings import Latent, Lens, Probe
+from analysis.items import ItemStore, Key, lens_item, probe_item
 from analysis.tally import Record, Tally
-from analysis.visits import Resampler, Subject, Visit, clip_clusters
+from analysis.visits import Subject, Visit
 from data.clips import Clip
 from data.questions import question
 from models import AVLLM, Kind
@@ -123,7 +124,6 @@ class LensTally(Tally):
         return record
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
-        """See Tally."""
         for position in LENS_POSITIONS:
             for label in LABELS:
                 self._hits.setdefault((position, label), []).append(record[f"{position} {label}"])
@@ -137,26 +137,29 @@ class LensTally(Tally):
         hit = np.take_along_axis(seen, true[:, None, None], axis=2)[:, :, 0]
         return hit, (seen.sum(2) - hit) / max(1, len(self.classes) - 1)
 
-    def rows(self, draws: int, seed: int) -> list[Lens]:
+    def rows(self, items: ItemStore) -> list[Lens]:
         """One row a position and label; index 0 = embeddings, l = output of layer l."""
         out = []
-        resampler = Resampler(clip_clusters(self.clips), len(self.clips), draws, seed)
+        group = items.clips(self.clips)
         for position in LENS_POSITIONS:
             for label in LABELS:
                 hit, control = self._rates(position, label)
+                keys = [Key("lens", None, None, lens_item(label, self.k, position, layer, self.name), "hit") for layer in range(hit.shape[1])]
                 corrected = (hit - control).mean(0).tolist()
-                out.append(Lens(position, label, self.k, resampler.estimates(hit), control.mean(0).tolist(), corrected, self.name))
+                out.append(Lens(position, label, self.k, group.rates(keys, hit), control.mean(0).tolist(), corrected, self.name))
         return out
 
-    def latent(self, draws: int, seed: int) -> Latent | None:
+    def latent(self, items: ItemStore) -> Latent | None:
         """Latent audio understanding, or None where there are too few clips for two halves."""
         choose, report = halves(self.clips)
         if not len(choose) or not len(report):
             return None
         hit, control = self._rates("audio", "audio")
         layer = int(np.argmax((hit - control)[choose].mean(0)))
-        resampler = Resampler(clip_clusters([self.clips[i] for i in report]), len(report), draws, seed)
-        return Latent(layer, resampler.estimate((hit - control)[report, layer]), resampler.estimate(np.array(self.said, dtype=float)[report]))
+        group = items.clips([self.clips[i] for i in report])
+        latent = group.means([Key("latent", None, None, "", "latent")], (hit - control)[report, layer, None])[0]
+        said = group.rates([Key("latent", None, None, "", "said")], np.array(self.said)[report, None])[0]
+        return Latent(layer, latent, said)
 
 
 def word_table(subject: Subject) -> dict[str, torch.Tensor]:
@@ -205,7 +208,7 @@ def lens_hits(read: Read, layer: int, states: torch.Tensor, mask: torch.Tensor, 
 # ---------------------------------------------------------------- linear probes
 
 
-class ProbeFeatures:
+class ProbeFeatures(Tally):
     """States at the probed positions of all visits (made with `taps=True`): `states()` is (n, L + 1, positions, H), NaN where a position has no
     rows.
     """
@@ -214,8 +217,8 @@ class ProbeFeatures:
         self.clips: list[Clip] = []
         self._states: list[NDArray] = []
 
-    def add(self, visit: Visit) -> None:
-        """Take the visit's states under the hear-question."""
+    def measure(self, visit: Visit) -> Record:
+        """The visit's states under the hear-question."""
         model, n = visit.subject.model, len(visit.clips)
         suffix = model.suffix(question("hear"))
         out = model.extend(visit.prefix, range(n), [suffix] * n, hidden=True)
@@ -225,8 +228,11 @@ class ProbeFeatures:
             torch.stack([_mean(prefix, audio), _mean(rows, asked), rows[:, suffix.first].float()], dim=1).cpu()
             for prefix, rows in zip(visit.prefix.hidden, out.hidden, strict=True)
         ]
-        self._states.append(torch.stack(layers, dim=1).numpy())
-        self.clips += visit.clips
+        return {"states": torch.stack(layers, dim=1).numpy()}
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        self._states.append(record["states"])
+        self.clips += clips
 
     def states(self) -> NDArray:
         """See the class."""
@@ -292,7 +298,9 @@ def probe_predictions(states: NDArray, targets: Sequence[NDArray], folds: Sequen
     return out
 
 
-def probe_rows(features: ProbeFeatures, silent: ProbeFeatures | None, random: ProbeFeatures | None, k: int, draws: int, seed: int) -> list[Probe]:
+def probe_rows(
+    features: ProbeFeatures, silent: ProbeFeatures | None, random: ProbeFeatures | None, k: int, items: ItemStore, seed: int
+) -> list[Probe]:
     """One row a position and label. `silent`, `random`: the same clips, in the same order, through the model without its sound / with random
     weights.
     """
@@ -306,7 +314,7 @@ def probe_rows(features: ProbeFeatures, silent: ProbeFeatures | None, random: Pr
     shuffled = {label: [rng.permutation(t) for _ in range(SHUFFLES)] for label, t in true.items()}
     targets = [*true.values(), *(s for label in LABELS for s in shuffled[label])]
     folds = make_folds(clips, k)
-    resampler = Resampler(clip_clusters(clips), len(clips), draws, seed)
+    group = items.clips(clips)
     note = (
         f"{len(folds)} folds; no rendering and no unordered class pair is in both training and test part; "
         f"{np.mean([len(train) for train, _ in folds]):.0f} training clips a fold on average"
@@ -325,7 +333,8 @@ def probe_rows(features: ProbeFeatures, silent: ProbeFeatures | None, random: Pr
         removed = right(silent, p, [true["audio"]])[:, :, 0].mean(0) if silent is not None and position != "audio" else None
         blank = right(random, p, list(true.values())).mean(0) if random is not None else None
         for i, label in enumerate(LABELS):
-            accuracy: list[Estimate] = resampler.estimates(main[:, :, i])
+            keys = [Key("probe", None, None, probe_item(label, position, layer), "accuracy") for layer in range(main.shape[1])]
+            accuracy = group.rates(keys, main[:, :, i])
             first = len(LABELS) + i * SHUFFLES
             controls = [main[:, :, first : first + SHUFFLES].mean((0, 2))]
             audio_removed = removed if label == "audio" else None

@@ -20,13 +20,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.events import VERDICTS, Verdict, is_correct, verdict
 from analysis.findings import Following, Reliance, Sample
-from analysis.statistics import Dyads, bootstrap, ratio_bootstrap
-from analysis.visits import MODALITIES, Resampler, Visit, clip_clusters
+from analysis.items import ItemStore, Key
+from analysis.statistics import Dyads
+from analysis.tally import Record, Tally
+from analysis.visits import MODALITIES, Visit
 from data.clips import Clip, Grid
 from data.questions import Modality, question
 
 
-class FollowingTally:
+class FollowingTally(Tally):
     """What the greedy answers of all visits name. `add` each visit, then `rows()` and `samples`."""
 
     def __init__(self, modalities: Sequence[Modality] = MODALITIES):
@@ -36,22 +38,28 @@ class FollowingTally:
         self._streams: dict[str, tuple[bool, bool]] = {}
         self._verdicts: dict[tuple[str, Modality], list[Verdict]] = {}
 
-    def add(self, visit: Visit) -> None:
+    def measure(self, visit: Visit) -> Record:
         """Ask every clip of the visit every question."""
-        self._clips.setdefault(visit.condition, []).extend(visit.clips)
-        self._streams[visit.condition] = (visit.video, visit.audio)
+        record: Record = {"streams": [visit.video, visit.audio], "answers": {m: visit.answers(m) for m in self.modalities}, "verdicts": {}}
         for modality in self.modalities:
             phrases = visit.subject.phrases[modality]
-            said = [
+            record["verdicts"][modality] = [
                 verdict(answer, clip, phrases, visit.video, visit.audio) for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
             ]
-            self._verdicts.setdefault((visit.condition, modality), []).extend(said)
-            for clip, answer, what in zip(visit.clips, visit.answers(modality), said, strict=True):
+        return record
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        self._clips.setdefault(condition, []).extend(clips)
+        self._streams[condition] = tuple(record["streams"])
+        for modality in self.modalities:
+            said = record["verdicts"][modality]
+            self._verdicts.setdefault((condition, modality), []).extend(said)
+            for clip, answer, what in zip(clips, record["answers"][modality], said, strict=True):
                 self.samples.append(
                     Sample(
                         clip=clip.id,
                         file=clip.file,
-                        condition=visit.condition,
+                        condition=condition,
                         seen=clip.seen,
                         heard=clip.heard,
                         question=question(modality),
@@ -63,22 +71,23 @@ class FollowingTally:
                     )
                 )
 
-    def rows(self, draws: int, seed: int) -> list[Following]:
+    def rows(self, items: ItemStore) -> list[Following]:
         """One row a condition and question."""
         out = []
         for (condition, modality), said in self._verdicts.items():
             clips, streams = self._clips[condition], self._streams[condition]
-            resampler = Resampler(clip_clusters(clips, *streams), len(clips), draws, seed)
             agree = [all(streams) and clip.video_label == clip.audio_label for clip in clips]
             columns = [[what == v for what in said] for v in VERDICTS] + [
                 [is_correct(what, modality, a) for what, a in zip(said, agree, strict=True)]
             ]
-            shares = resampler.estimates(np.array(columns, dtype=float).T)
-            out.append(Following(condition, modality, **dict(zip((*VERDICTS, "correct"), shares, strict=True))))
+            measures = (*VERDICTS, "correct")
+            keys = [Key("following", condition, modality, "", measure) for measure in measures]
+            shares = items.clips(clips, *streams).rates(keys, np.array(columns).T)
+            out.append(Following(condition, modality, **dict(zip(measures, shares, strict=True))))
         return out
 
 
-class ScoreTable:
+class ScoreTable(Tally):
     """s (docs/definitions.md) for the (clip, modality, class) triples that somebody wants; filled visit by visit."""
 
     def __init__(self) -> None:
@@ -89,21 +98,18 @@ class ScoreTable:
         """Ask for the score of class `name`'s phrase as the answer to this modality's question about a clip (its id)."""
         self.wanted.setdefault(clip, {})[modality, name] = None
 
-    def add(self, visit: Visit) -> None:
-        """Score what is wanted of the visit's clips and not there yet."""
-        jobs = [
-            (row, clip.id, *key)
-            for row, clip in enumerate(visit.clips)
-            for key in self.wanted.get(clip.id, {})
-            if (clip.id, *key) not in self._scores
-        ]
-        subject = visit.subject
-        scores = subject.scores(visit.prefix, [row for row, *_ in jobs], [subject.label_suffix(modality, name) for *_, modality, name in jobs])
-        self._scores.update({(clip, modality, name): float(s) for (_, clip, modality, name), s in zip(jobs, scores, strict=True)})
+    def _jobs(self, clips: Sequence[Clip]) -> list[tuple[int, Modality, str]]:
+        return [(row, *key) for row, clip in enumerate(clips) for key in self.wanted.get(clip.id, {})]
 
-    def missing(self) -> list[str]:
-        """Clips of which something is wanted and not there."""
-        return [clip for clip, keys in self.wanted.items() if any((clip, *key) not in self._scores for key in keys)]
+    def measure(self, visit: Visit) -> Record:
+        """Score what is wanted of the visit's clips."""
+        jobs, subject = self._jobs(visit.clips), visit.subject
+        suffixes = [subject.label_suffix(modality, name) for _, modality, name in jobs]
+        return {"scores": subject.scores(visit.prefix, [row for row, *_ in jobs], suffixes)}
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        for (row, modality, name), score in zip(self._jobs(clips), record["scores"], strict=True):
+            self._scores[clips[row].id, modality, name] = float(score)
 
     def __getitem__(self, key: tuple[str, Modality, str]) -> float:
         return self._scores[key]
@@ -139,24 +145,31 @@ def grid_margins(table: ScoreTable, grids: Sequence[Grid], modality: Modality, b
     return np.array(rows).reshape(-1, 4)
 
 
-def reliance_rows(table: ScoreTable, grids: Sequence[Grid], by_id: Mapping[str, Clip], draws: int, seed: int) -> list[Reliance]:
-    """Effects and Shortcut Index on hear- and see-questions."""
+def reliance_rows(
+    table: ScoreTable, grids: Sequence[Grid], by_id: Mapping[str, Clip], items: ItemStore, flips: int = 2000, seed: int = 0
+) -> list[Reliance]:
+    """Effects and Shortcut Index on hear- and see-questions, with their permutation null.
+
+    If a stream does not matter, exchanging its index in a grid (o for x) turns the sign of its effect and leaves the other. `flips` data sets with
+    such signs, drawn so that grids with a clip's source in common keep together (`Intervals.flipped`), give the p value of each effect, and
+    `shortcut_null` = w / (w + |mean effect of the stream asked about|), w = what |mean| of the other's effect stays below in 95 % of them.
+    """
     first = [by_id[grid.oo] for grid in grids]
     second = [by_id[grid.xx] for grid in grids]
     nodes = source_groups([*first, *second])
-    clusters = Dyads([nodes[c.id] for c in first], [nodes[c.id] for c in second])
+    group = items.of([grid.id for grid in grids], Dyads([nodes[c.id] for c in first], [nodes[c.id] for c in second]))
     out = []
     for modality in MODALITIES:
-        audio, video = grid_effects(grid_margins(table, grids, modality, by_id))
-        shortcut, other = (video, audio) if modality == "hear" else (audio, video)
-        out.append(
-            Reliance(
-                modality,
-                bootstrap(audio, clusters, draws, seed),
-                bootstrap(video, clusters, draws, seed),
-                ratio_bootstrap(shortcut, other, clusters, draws, seed),
-            )
-        )
+        effects = np.stack(grid_effects(grid_margins(table, grids, modality, by_id)), axis=1)
+        keys = [Key("reliance", None, modality, "", measure) for measure in ("effect_audio", "effect_video")]
+        audio, video = group.effects(keys, effects)
+        null = [group.intervals.flipped(column, flips, seed) if group.intervals.usable else None for column in effects.T]
+        irrelevant = 1 if modality == "hear" else 0
+        index = group.intervals.ratio(effects[:, irrelevant], effects[:, 1 - irrelevant])
+        asked_about, drawn = abs(effects[:, 1 - irrelevant].mean()) if len(grids) else 0.0, null[irrelevant]
+        shortcut_null = drawn.widest / (drawn.widest + asked_about) if drawn and drawn.widest + asked_about else None
+        p_audio, p_video = (flipped.p if flipped else None for flipped in null)
+        out.append(Reliance(modality, audio, video, index, p_audio, p_video, shortcut_null))
     return out
 
 

@@ -18,12 +18,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from analysis.events import content_stems, named, stem
-from analysis.findings import Estimate, Shift
-from analysis.statistics import bootstrap
-from analysis.visits import MODALITIES, Subject, Visit, clip_clusters, forced
+from analysis.findings import Shift
+from analysis.items import ItemStore, Key
+from analysis.tally import Record, Tally
+from analysis.visits import MODALITIES, Subject, Visit, forced
 from data.clips import Clip
 from data.questions import Modality
 from models import AVLLM
@@ -44,7 +44,7 @@ def ranks_and_kl(logits: torch.Tensor, base_logits: torch.Tensor, targets: torch
     return rank, (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 
 
-class ShiftTally:
+class ShiftTally(Tally):
     """Shift of the spoken answers of all visits. `base`: the vision-language base, or None for the proxy."""
 
     def __init__(self, subject: Subject, base: AVLLM | None):
@@ -57,22 +57,29 @@ class ShiftTally:
         """Whether base and model turn text into the same tokens; if not, nothing can be teacher-forced."""
         return self.base is None or self.base.tokenizer.get_vocab() == self.subject.model.tokenizer.get_vocab()
 
-    def add(self, visit: Visit) -> None:
+    def measure(self, visit: Visit) -> Record:
         """Run the visit's answers through the base on the same frames without sound."""
-        silent = self.base or self.subject.model
+        silent, record = self.base or self.subject.model, Record(rows=[], classes=[], first=[], ranks=[], kl=[])
         media = [silent.media(clip, self.subject.clips.root, audio=False) for clip in visit.clips]
         prefix = silent.prefill(media)
         for modality in MODALITIES:
             spoken, answers = visit.spoken(modality), visit.answer_ids(modality)
             base = silent.extend(prefix, range(len(answers)), [forced(silent, modality, ids) for ids in answers])
             rank, kl = (x.cpu() for x in ranks_and_kl(spoken.logits, base.logits, spoken.targets.clamp_min(0)))
-            for row, (clip, ids) in enumerate(zip(visit.clips, answers, strict=True)):
+            for row, ids in enumerate(answers):
                 key = (tuple(ids), modality)
                 classes = self._classes.setdefault(key, self._classes.get(key) or self.token_classes(ids, modality))
                 first = next((i for i, c in enumerate(classes) if c == "audio_event"), None)
-                for i, name in enumerate(classes):
-                    token = (clip, name, i == first, int(rank[row, i]), float(kl[row, i]))
-                    self._tokens.setdefault(visit.condition, []).append(token)
+                record["rows"] += [row] * len(classes)
+                record["classes"] += classes
+                record["first"] += [i == first for i in range(len(classes))]
+                record["ranks"] += rank[row, : len(classes)].tolist()
+                record["kl"] += kl[row, : len(classes)].tolist()
+        return record
+
+    def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
+        columns = (record[name] for name in ("rows", "classes", "first", "ranks", "kl"))
+        self._tokens.setdefault(condition, []).extend((clips[row], *token) for row, *token in zip(*columns, strict=True))
 
     def token_classes(self, ids: Sequence[int], modality: Modality) -> list[str]:
         """audio_event | visual | rest for every answer token and the end token. A token belongs to the word that holds its first letter."""
@@ -100,26 +107,19 @@ class ShiftTally:
         texts = [decode(list(ids[:n])) for n in range(len(ids) + 1)]
         return [b[len(a) :] for a, b in itertools.pairwise(texts)]
 
-    def rows(self, draws: int, seed: int) -> list[Shift]:
-        """One row a condition and token class; classes without tokens have n = 0."""
+    def rows(self, items: ItemStore) -> list[Shift]:
+        """One row a condition and token class; classes without tokens have n = 0. n counts tokens, and a clip's tokens stay together."""
         out = []
         for condition, tokens in self._tokens.items():
+            clips = list({token[0].id: token[0] for token in tokens}.values())
+            at = {clip.id: i for i, clip in enumerate(clips)}
+            group = items.clips(clips)
             for name in CLASSES:
                 chosen = [t for t in tokens if name == "all" or t[1] == name or (name == "first_event" and t[2])]
-                clusters = clip_clusters([t[0] for t in chosen]) if chosen else []
-                rank = np.array([t[3] for t in chosen], dtype=int)
-
-                def estimate(values: NDArray, clusters=clusters) -> Estimate:
-                    return bootstrap(values.astype(float), clusters, draws, seed)
-
-                out.append(
-                    Shift(
-                        tokens=name,
-                        condition=condition,
-                        unshifted=estimate(rank == 1),
-                        marginal=estimate((rank == 2) | (rank == 3)),
-                        shifted=estimate(rank > 3),
-                        kl=estimate(np.array([t[4] for t in chosen], dtype=float)),
-                    )
-                )
+                sums = np.zeros((len(clips), 5))  # unshifted, marginal, shifted, KL, tokens
+                for clip, _, _, rank, kl in chosen:
+                    sums[at[clip.id]] += (rank == 1, rank in (2, 3), rank > 3, kl, 1)
+                keys = [Key("shift", condition, None, name, measure) for measure in ("unshifted", "marginal", "shifted", "kl")]
+                shares = group.rates(keys[:3], sums[:, :3], sums[:, 4])
+                out.append(Shift(name, condition, *shares, *group.means(keys[3:], sums[:, 3:4], sums[:, 4])))
         return out

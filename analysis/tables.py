@@ -17,7 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from analysis.compare import Change, Comparison
-from analysis.findings import CutEffect, Estimate, Findings
+from analysis.fidelity import Agreement
+from analysis.findings import CaptionFidelity, CutEffect, Estimate, Findings
 
 CONDITIONS = {
     "counterfactual": "conflicts",
@@ -114,6 +115,8 @@ def findings_tables(findings: Findings) -> list[Table]:
             table.add_row(words(f.condition, CONDITIONS), asked, percent(f.audio), percent(f.vision), shown, counted(f.audio))
         table.caption = "On factual clips sound and picture agree: an answer that names the event counts under “names the sound”."
         tables.append(table)
+    if findings.fidelity:
+        tables.append(fidelity_table(findings.fidelity))
     if findings.reliance:
         table = _table(
             "Shortcut Index: how far the wrong stream decides (0 is ideal)", "asked about", "index", "sound moves", "picture moves", "grids"
@@ -176,6 +179,27 @@ def findings_tables(findings: Findings) -> list[Table]:
             table.add_row(sentence)
         tables.append(table)
     return tables
+
+
+def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
+    """What captions get right, per judge, condition, question and cut."""
+    table = _table("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", "unparsed", "n (sources)")
+    for row in rows:
+        site, _, window = (row.cut or "").partition(" ")
+        cut = f"{cut_name(site)}, {layers(*map(int, window.split(':')))}" if row.cut else ""
+        scores = (number(row.audio), number(row.video), _short(row.invented), _short(row.unparsed), counted(row.unparsed))
+        table.add_row(row.judge, words(row.condition, CONDITIONS), words(row.question, {**QUESTIONS, "both": "both"}), cut, *scores)
+    table.caption = "Makes up: share of captions with an event that the clip does not have. Unparsed captions are in no mean."
+    return table
+
+
+def agreement_table(rows: Iterable[Agreement]) -> Table:
+    """How alike judges rank the same captions."""
+    table = _table("Agreement of judges (Spearman's rank correlation)", "judges", "side", "rho", "captions")
+    for row in rows:
+        rho = "–" if row.rho is None else _digits(row.rho, 2)
+        table.add_row(f"{row.first}, {row.second}", STREAMS["audio" if row.side == "audio" else "visual"], rho, str(row.n))
+    return table
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

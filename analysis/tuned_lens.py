@@ -8,7 +8,7 @@ the last layer, followed by the final norm and the head, such that KL(final outp
     lens = fit.fit()
     tally = TunedTally(subject, lens)           # the other half: no shared rendering or class pair
     for visit in visits_of(fit.report): tally.add(visit)
-    findings.tuned = tally.tuned(draws, seed)
+    findings.tuned = tally.tuned(items)
 
 The start is a ridge regression of the last layer's states on this layer's, every row weighted by 1 / mean square of the last layer's state (which
 is what the final norm makes of its errors), its penalty chosen on every fifth of the fitting clips; then Adam on the KL, kept only as long
@@ -30,9 +30,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from analysis.findings import Latent, Tuned
+from analysis.items import ItemStore, Key, tuned_item
 from analysis.probing import LENS_CELLS, LENS_POSITIONS, LensTally, halves, lens_hits, lens_states, word_table
 from analysis.tally import Record, Tally
-from analysis.visits import Resampler, Subject, Visit, clip_clusters
+from analysis.visits import Subject, Visit
 from data.clips import Clip
 from models import AVLLM
 
@@ -278,13 +279,15 @@ class TunedTally(LensTally):
         super().take(clips, condition, record)
         self._divergence.append(record["divergence"])
 
-    def tuned(self, draws: int, seed: int) -> Tuned:
+    def tuned(self, items: ItemStore) -> Tuned:
         """Everything about the tuned lens; *latent audio understanding* is read in the layer that was best on the clips it was fitted on."""
-        resampler = Resampler(clip_clusters(self.clips), len(self.clips), draws, seed)
-        before, after = np.concatenate(self._divergence).transpose(1, 0, 2)
-        hit, control = self._rates("audio", "audio")
-        latent = Latent(
-            self.lens.layer, resampler.estimate((hit - control)[:, self.lens.layer]), resampler.estimate(np.array(self.said, dtype=float))
+        group = items.clips(self.clips)
+        before, after = (
+            group.means([Key("tuned", None, None, tuned_item(layer), name) for layer in range(kl.shape[1])], kl)
+            for name, kl in zip(("kl_before", "kl_after"), np.concatenate(self._divergence).transpose(1, 0, 2), strict=True)
         )
-        fitted = self.lens.fitted_on
-        return Tuned(len(fitted), self.lens.rows, resampler.estimates(before), resampler.estimates(after), self.rows(draws, seed), latent)
+        hit, control = self._rates("audio", "audio")
+        layer = self.lens.layer
+        latent = group.means([Key("latent", None, None, "tuned lens", "latent")], (hit - control)[:, layer, None])[0]
+        said = group.rates([Key("latent", None, None, "tuned lens", "said")], np.array(self.said)[:, None])[0]
+        return Tuned(len(self.lens.fitted_on), self.lens.rows, before, after, self.rows(items), Latent(layer, latent, said))

@@ -17,11 +17,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from analysis.events import phrases_of
-from analysis.findings import Estimate
-from analysis.statistics import Clusters, _counts, _design, _estimate, by_source
 from data.clips import Clip, Clips, DataError
 from data.questions import Modality, answer, question
 from models import AVLLM, Kind
@@ -107,16 +105,18 @@ def forced(model: AVLLM, modality: Modality, ids: Sequence[int]) -> Suffix:
 
 
 class Visit:
-    """Some clips with their prefix. `condition` is what findings call it; `video`, `audio`: which streams are given to the model.
+    """Some clips with their prefix. `condition` is what findings call it; `video`, `audio`: which streams are given to the model; `start`: how many
+    clips of the condition come before these. Streams go through the towers one by one, so features do not depend on who else is in a visit.
 
     Raises DataError where a sample that should carry sound (or a picture) has no such tokens in the prompt.
     """
 
-    def __init__(self, subject: Subject, clips: Sequence[Clip], condition: str, video: bool = True, audio: bool = True, taps: bool = False):
+    def __init__(
+        self, subject: Subject, clips: Sequence[Clip], condition: str, video: bool = True, audio: bool = True, taps: bool = False, start: int = 0
+    ):
         self.subject, self.clips, self.condition, self.video, self.audio, self.taps = subject, list(clips), condition, video, audio, taps
+        self.start = start
         model, root = subject.model, subject.clips.root
-        if video and audio:
-            model.precompute(self.clips, root, progress=False)
         self.media = [model.media(clip, root, video=video, audio=audio) for clip in self.clips]
         self.prefix = model.prefill(self.media, hidden=taps)
         for kind, wanted in ((Kind.VIDEO, video), (Kind.AUDIO, audio)):
@@ -145,48 +145,3 @@ class Visit:
             suffixes = [forced(self.subject.model, modality, ids) for ids in self.answer_ids(modality)]
             self._spoken[modality] = self.subject.model.extend(self.prefix, range(len(self.clips)), suffixes, hidden=self.taps, flow=self.taps)
         return self._spoken[modality]
-
-
-def clip_clusters(clips: Sequence[Clip], video: bool = True, audio: bool = True) -> Clusters:
-    """What intervals over these clips are clustered by: picture and recording, two-way; one of them where the model is given only one stream."""
-    if not video:
-        return [c.audio_source for c in clips]
-    if not audio:
-        return [c.video_source for c in clips]
-    return by_source([c.video_source for c in clips], [c.audio_source for c in clips])
-
-
-class Resampler:
-    """`statistics.bootstrap` for many quantities of the same n items: the draws are made once. Every column gets exactly what `bootstrap` would
-    give it.
-    """
-
-    def __init__(self, clusters: Clusters, n: int, draws: int = 1000, seed: int = 0):
-        self.n, self.weights = n, None
-        if n:
-            design = _design(clusters, n)
-            self.clusters = design.clusters
-            if design.resampled:
-                rng = np.random.default_rng(seed)
-                rows = _counts(rng, design.shape[0], draws)
-                columns = rows if design.dyadic else _counts(rng, design.shape[1], draws)
-                self.weights = rows[:, design.row] * columns[:, design.column]
-
-    def estimates(self, values: ArrayLike) -> list[Estimate]:
-        """One estimate a column of `values` (n, m)."""
-        array = np.asarray(values, dtype=float)
-        if not self.n:
-            return [Estimate(None, None, None, 0, 0)] * array.shape[1]
-        if array.shape[0] != self.n or not np.isfinite(array).all():
-            raise ValueError(
-                f"{self.n} finite values a column are needed, not an array of shape {array.shape} with {int((~np.isfinite(array)).sum())} others."
-            )
-        drawn = None
-        if self.weights is not None:
-            total = self.weights.sum(1)
-            drawn = (self.weights @ array)[total > 0] / total[total > 0, None]
-        return [_estimate(float(array[:, i].mean()), None if drawn is None else drawn[:, i], self.n, self.clusters) for i in range(array.shape[1])]
-
-    def estimate(self, values: ArrayLike) -> Estimate:
-        """`estimates` of one quantity, (n,)."""
-        return self.estimates(np.asarray(values, dtype=float)[:, None])[0]

@@ -28,8 +28,8 @@ from typing import Any, TypeVar, cast
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import gather_object
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from tqdm import tqdm
 
@@ -76,7 +76,7 @@ def run(config: Config) -> Path:
         gradient_accumulation_steps=schedule.accumulate,
         log_with=None if config.run.tracker == "none" else config.run.tracker,
         project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait while the main process diagnoses
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # processes wait for each other in a diagnosis
     )
     main_process, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
@@ -97,7 +97,17 @@ def run(config: Config) -> Path:
         return load(path)
 
     def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str) -> Findings:
-        findings = stage(path, lambda path: diagnose(model, clips, settings, split=split).save(path), Findings.load, what)
+        """Findings at `path`, measured by all processes together where they are not there yet."""
+        work = path.with_name(f"{path.name}.work")
+        [there] = broadcast_object_list([path.exists()])
+        if not there:
+            console.print(f"[bold]{what}[/bold]")
+            measured = diagnose(model, clips, settings, split, work=work, processes=PartialState())
+            if main_process:
+                measured.save(path)
+                shutil.rmtree(work, ignore_errors=True)
+            accelerator.wait_for_everyone()
+        findings = Findings.load(path)
         if findings.data_hash != clips.data_hash:
             raise TrainError(f"{path} was measured on other clips than {clips.root} holds now. Restore them, or start anew with --run.overwrite.")
         return findings

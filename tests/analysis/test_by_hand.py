@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from analysis.flow import FlowTally
-from analysis.knockout import KnockoutSweep, asked, designated
+from analysis.items import ItemStore
+from analysis.knockout import CutAnswers, KnockoutSweep, asked, designated
 from analysis.probing import LensTally, ProbeFeatures, probe_rows
 from analysis.reliance import ScoreTable, reliance_rows, want_grids
 from analysis.shift import ShiftTally
@@ -276,9 +277,10 @@ def test_the_first_answer_token_comes_from_the_last_prompt_row(model, subject, v
 def test_following_under_cuts(sweep, subject, visits, model):
     """Shares of the rows: exactly those of the answers on paper."""
     cuts = [Cut.at(site, w.start, w.stop) for site in SITES for w in sweep.windows]
+    answers = CutAnswers(sweep, cuts)
     for visit in visits:
-        sweep.answer(visit, cuts)
-    rows = {(r.site, r.start, r.stop, r.condition): r for r in sweep.rows(20, 0)}
+        answers.add(visit)
+    rows = {(r.site, r.start, r.stop, r.condition): r for r in sweep.rows(ItemStore())}
     conflicts = [clip for visit in visits if visit.condition == "counterfactual" for clip in visit.clips]
     for cut in cuts:
         modality, found = asked(cut.site), rows[cut.site, cut.start, cut.stop, "counterfactual"]
@@ -298,7 +300,7 @@ def test_attention_mass_by_kind(visits, model):
     for visit in visits:
         tally = FlowTally()
         tally.add(visit)
-        found = {(row.target, row.variant): row.mass for row in tally.rows(20, 0)}
+        found = {(row.target, row.variant): row.mass for row in tally.rows(ItemStore())}
         expected = {key: [] for key in found}
         for clip, ids in zip(visit.clips, visit.answer_ids("hear"), strict=True):
             paper = Paper(model, *classes(clip), "hear", ids)
@@ -329,7 +331,7 @@ def test_words_in_the_top_five(subject, visits, model):
     conflicts = [visit for visit in visits if visit.condition == "counterfactual"]
     for visit in conflicts:
         tally.add(visit)
-    rows = {(row.position, row.label): row for row in tally.rows(20, 0)}
+    rows = {(row.position, row.label): row for row in tally.rows(ItemStore())}
     clips = [clip for visit in conflicts for clip in visit.clips]
     answers = [ids for visit in conflicts for ids in visit.answer_ids("hear")]
     for position, letter in (("audio", "a"), ("question", "q"), ("emitters", "e")):
@@ -358,7 +360,7 @@ def test_grid_effects_and_shortcut_index(clips, visits, model):
     want_grids(table, clips.grids, by_id)
     for visit in visits:
         table.add(visit)
-    rows = {row.question: row for row in reliance_rows(table, clips.grids, by_id, 20, 0)}
+    rows = {row.question: row for row in reliance_rows(table, clips.grids, by_id, ItemStore(), 100, 0)}
     for modality in ("hear", "see"):
         audio, video = [], []
         for i, j in ((0, 1), (2, 4)):
@@ -392,7 +394,7 @@ def test_ranks_and_divergence(subject, visits, model, clips, tmp_path, kind):
     tally = ShiftTally(subject, base)
     for visit in visits:
         tally.add(visit)
-    rows = {(row.condition, row.tokens): row for row in tally.rows(20, 0)}
+    rows = {(row.condition, row.tokens): row for row in tally.rows(ItemStore())}
     ranks = {"counterfactual": {}, "factual": {}}
     for visit in visits:
         for modality in ("hear", "see"):
@@ -432,7 +434,7 @@ def test_what_a_linear_probe_can_read(model):
     features, silent = ProbeFeatures(), ProbeFeatures()
     features.add(Visit(subject, found, "counterfactual", taps=True))
     silent.add(Visit(subject, found, "without sound", audio=False, taps=True))
-    rows = {(row.position, row.label): row for row in probe_rows(features, silent, None, 10, 20, 0)}
+    rows = {(row.position, row.label): row for row in probe_rows(features, silent, None, 10, ItemStore(), 0)}
     readable = {
         ("audio", "audio"): (1, 1, 1), ("audio", "visual"): (0, 1, 1),
         ("question", "audio"): (0, 0, 1), ("question", "visual"): (0, 1, 1),

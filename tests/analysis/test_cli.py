@@ -9,7 +9,7 @@ import pytest
 from analysis.__main__ import main
 from analysis.findings import Findings
 
-FEW = ["--counterfactual", "4", "--factual", "2", "--grids", "2", "--max-new-tokens", "8", "--draws", "20", "--quick"]
+FEW = ["--counterfactual", "4", "--factual", "2", "--grids", "2", "--max-new-tokens", "8", "--flips", "20", "--quick"]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,19 @@
 """Before against after: pairs are the same clips, and only like is compared with like."""
 
 import copy
+import itertools
+import math
 
+import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
-from analysis.compare import Comparison, compare
-from analysis.findings import CutEffect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Reliance, Sample, Shift, Tuned
+from analysis.compare import Comparison, _rows, compare
+from analysis.diagnose import DiagnoseSettings, diagnose
+from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Reliance, Shift, Tuned
+from analysis.items import ItemStore, Key, cut_item, packed, unpacked
+from analysis.statistics import Dyads, Intervals, shortcut
 from analysis.tables import best_cuts, comparison_tables, findings_tables, layers, number, percent
 
 
@@ -14,21 +21,41 @@ def e(value, n=4, k=2):
     return Estimate(value, None if value is None else value - 0.05, None if value is None else value + 0.05, n, k)
 
 
-def answers(verdicts, condition="counterfactual", modality="hear"):
-    """One clip per verdict; clips 0, 1 share a picture, 1, 2 a recording."""
-    return [
-        Sample(f"{condition}{i}", f"{i}.mp4", condition, "a dog", "a bell", "What do you hear?", modality, "…", v, f"v{i // 2}", f"a{(i + 1) // 2}")
-        for i, v in enumerate(verdicts)
-    ]
+def d(value, n=4, k=2):
+    return Effect(value, value - 0.05, value + 0.05, n, k, 0.01, None, 1.0)
 
 
-def findings(audio, verdicts, **changes):
+# Clips 0, 1 share a picture, 1, 2 a recording, 2, 3 a picture; grids all pairs of 9 sources.
+CLIPS = (["c0", "c1", "c2", "c3"], (["v0", "v0", "v1", "v1"], ["a0", "a1", "a1", "a2"]))
+PAIRS = list(itertools.combinations("ABCDEFGHI", 2))
+GRIDS = ([f"{i}{j}" for i, j in PAIRS], Dyads([i for i, _ in PAIRS], [j for _, j in PAIRS]))
+
+
+def kept(verdicts, scores, audio=(), video=(), clips=CLIPS):
+    """Items: what each clip's answer names; s under two cuts; effects of grids; KL of two tokens, then of 0, 1 and 3."""
+    store = ItemStore()
+    group = store.of(*clips)
+    for measure in ("audio", "vision", "both", "neither", "unparsed", "correct"):
+        named = "audio" if measure == "correct" else measure
+        group.keep(Key("following", "counterfactual", "hear", "", measure), [v == named for v in verdicts])
+    for k in range(2):
+        item = cut_item("video->emitters", k, 2, "from")
+        group.keep(Key("knockout", "counterfactual", "hear", item, "delta_logprob"), np.array(scores) - k)
+    if len(verdicts) == 4:
+        group.keep(Key("shift", "counterfactual", None, "all", "kl"), np.array(scores) * 2, [2, 0, 1, 3])
+    if len(audio):
+        store.of(*GRIDS).keep(Key("reliance", None, "hear", "", "effect_audio"), audio)
+        store.of(*GRIDS).keep(Key("reliance", None, "hear", "", "effect_video"), video)
+    return store.saved()
+
+
+def findings(audio, items, **changes):
     made = Findings(
         "model", None, "base", "test", "hash", 2, {"dtype": "float32", "prompts": {"hear": "What do you hear?"}, "seed": 0, "device": "cpu"},
         following=[Following("counterfactual", "hear", e(audio), e(0.5), e(0.0), e(0.0), e(0.0), e(audio))],
-        reliance=[Reliance("hear", e(1.0), e(1.0), e(0.5))],
+        reliance=[Reliance("hear", d(1.0), d(1.0), e(0.5))],
         knockout=[
-            CutEffect("video->emitters", k, 2, "from", "counterfactual", "hear", e(1.0 - k), e(1.0), e(0.9 - k / 2), e(0.1)) for k in range(2)
+            CutEffect("video->emitters", k, 2, "from", "counterfactual", "hear", d(1.0 - k), d(1.0), e(0.9 - k / 2), e(0.1)) for k in range(2)
         ],
         probes=[Probe("audio", "audio", [e(0.1), e(0.7), e(0.6)], [0.1] * 3, None, None, [0.0, 0.6, 0.5], "2 folds")],
         lens=[Lens("audio", "audio", 5, [e(0.1), e(0.3), e(0.2)], [0.1] * 3, [0.0, 0.2, 0.1])],
@@ -38,60 +65,161 @@ def findings(audio, verdicts, **changes):
             [Lens("audio", "audio", 5, [e(0.2), e(0.65), e(0.2)], [0.1] * 3, [0.1, 0.55, 0.1], "tuned")], Latent(1, e(0.55), e(audio)),
         ),
         shift=[Shift("all", "counterfactual", e(0.6), e(0.3), e(0.1), e(2.0))],
-        samples=answers(verdicts),
+        items=items,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(made, name, value)
     return made
 
 
-BEFORE = findings(0.25, ["vision", "vision", "audio", "neither"])
-AFTER = findings(1.0, ["audio", "audio", "audio", "vision"])
+RNG = np.random.default_rng(0)
+AUDIO, VIDEO = RNG.normal(1, 0.3, (2, 36)).round(3), RNG.normal(2, 0.3, (2, 36)).round(3)
+BEFORE = findings(0.25, kept(["vision", "vision", "audio", "neither"], [0.5, 1.0, 0.0, -0.5], AUDIO[0], VIDEO[0]))
+AFTER = findings(1.0, kept(["audio", "audio", "audio", "vision"], [1.5, 1.5, 0.5, 1.5], AUDIO[1], VIDEO[1] / 4))
 
 
 def test_paired_differences_by_hand():
     comparison = compare(BEFORE, AFTER)
     audio = comparison.find("following", "audio", "counterfactual", "hear")
     assert (audio.before.value, audio.after.value) == (0.25, 1.0)
-    assert audio.difference.value == pytest.approx((1 + 1 + 0 + 0) / 4)  # from the clips, not from the two rates
+    expected = Intervals(CLIPS[1], 4).effects([[1.0], [1], [0], [0]])[0]
+    assert audio.difference == expected and expected.value == 0.5  # from the clips, not from the two rates
     assert (audio.difference.n, audio.difference.clusters) == (4, 2)
     assert comparison.find("following", "vision", "counterfactual", "hear").difference.value == pytest.approx((-1 - 1 + 0 + 1) / 4)
-    assert comparison.find("following", "correct", "counterfactual", "hear").difference.value == pytest.approx(0.5)
-    assert comparison.find("reliance", "shortcut", None, "hear").difference is None
-    cut = comparison.find("knockout", "audio", "counterfactual", "hear", "video->emitters [1, 2) from")
-    assert cut.before.value == pytest.approx(0.4)
+    cut = comparison.find("knockout", "delta_logprob", "counterfactual", "hear", "video->emitters [1, 2) from")
+    assert cut.before.value == 0.0 and cut.difference.value == pytest.approx((1 + 0.5 + 0.5 + 2) / 4)
+    # Both windows change alike, so p of both is twice p of one.
+    expected = Intervals(CLIPS[1], 4).effects([[1.0], [0.5], [0.5], [2.0]])[0]
+    assert cut.difference.p == pytest.approx(expected.p) and cut.difference.p_corrected == pytest.approx(min(1, 2 * expected.p))
+    assert audio.difference.p_corrected is None  # no layers
+    assert comparison.find("latent", "said").difference is None
+    assert any(
+        "no paired difference (knockout, latent, lens, probe, shift, tuned): one of the findings keeps no value" in s for s in comparison.left_out
+    )
     assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, layer 1").after.value == pytest.approx(0.3)
     assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, tuned lens, layer 1").after.value == pytest.approx(0.65)
     assert comparison.find("latent", "latent", item="tuned lens").before.value == pytest.approx(0.55)
-    assert comparison.left_out == []
+    assert comparison.find("tuned", "kl_after", item="KL to the final output, layer 1").before.value == pytest.approx(0.6)
 
 
-def test_the_same_answers_make_no_difference():
+def test_token_shift_is_compared_as_a_ratio_of_sums():
+    """Σ KL / Σ tokens before: 2 (0.5 + 1 + 0 - 0.5) / 6, after: 2 (1.5 + 1.5 + 0.5 + 1.5) / 6."""
+    found = compare(BEFORE, AFTER).find("shift", "kl", "counterfactual", None, "all").difference
+    assert found.value == pytest.approx(8 / 6)
+    # Both sides have the same weights, so the influence is that of the differences 2 (1, .5, .5, 2): (x - 8/6 w) / 1.5
+    influence = (2 * np.array([1, 0.5, 0.5, 2]) - 8 / 6 * np.array([2, 0, 1, 3])) / 1.5
+    error = Intervals(CLIPS[1], 4).spread(influence[:, None])
+    assert (found.high - found.value) == pytest.approx(stats.t.ppf(0.975, error.freedom[0]) * error.error[0])
+
+
+def test_the_shortcut_index_is_compared_on_the_same_grids():
+    found = compare(BEFORE, AFTER).find("reliance", "shortcut", None, "hear").difference
+
+    def index(audio, video):
+        return abs(video.mean()) / (abs(audio.mean()) + abs(video.mean()))
+
+    expected = index(AUDIO[1], VIDEO[1] / 4) - index(AUDIO[0], VIDEO[0])
+    assert found.value == pytest.approx(expected, abs=1e-5) and (found.n, found.clusters) == (36, 9)
+    assert found.low < expected < found.high < 0 and found.p < 0.05
+    # The standard error of the delta method against leaving out one grid at a time (jackknife), grids taken as independent.
+    without = [[np.delete(side, k) for side in (AUDIO[0], VIDEO[0], AUDIO[1], VIDEO[1] / 4)] for k in range(36)]
+    leave = np.array([index(a1, v1) - index(a0, v0) for a0, v0, a1, v1 in without])
+    jackknife = math.sqrt(35 / 36 * ((leave - leave.mean()) ** 2).sum())
+    psi_a, psi_b = shortcut(VIDEO[0], AUDIO[0])[1], shortcut(VIDEO[1] / 4, AUDIO[1])[1]
+    assert Intervals(range(36), 36).spread((psi_b - psi_a)[:, None]).error[0] == pytest.approx(jackknife, rel=0.05)
+    assert compare(BEFORE, AFTER).find("reliance", "effect_audio", None, "hear").difference.value == pytest.approx((AUDIO[1] - AUDIO[0]).mean())
+
+
+def test_the_same_answers_make_no_difference_but_one_may_hide():
     comparison = compare(BEFORE, BEFORE)
-    audio = comparison.find("following", "audio", "counterfactual", "hear")
-    assert (audio.difference.value, audio.difference.low, audio.difference.high) == (0, 0, 0)
+    audio = comparison.find("following", "audio", "counterfactual", "hear").difference
+    assert audio.value == 0 and audio.low < 0 < audio.high and audio.p == 1
+    cut = comparison.find("knockout", "delta_logprob", "counterfactual", "hear", "video->emitters [1, 2) from").difference
+    assert (cut.value, cut.low, cut.high, cut.p, cut.p_corrected) == (0, 0, 0, 1, 1)
+
+
+def test_clips_in_another_order_are_the_same_clips():
+    order = [2, 0, 3, 1]
+    ids, (video, audio) = CLIPS
+    turned = ([ids[i] for i in order], ([video[i] for i in order], [audio[i] for i in order]))
+    verdicts, scores = ["audio", "audio", "audio", "vision"], [1.5, 1.5, 0.5, 1.5]
+    after = findings(1.0, kept([verdicts[i] for i in order], [scores[i] for i in order], clips=turned))
+    for measure, item in (("audio", ""), ("delta_logprob", "video->emitters [0, 2) from")):
+        section = "knockout" if item else "following"
+        found, expected = (compare(BEFORE, a).find(section, measure, "counterfactual", "hear", item).difference for a in (after, AFTER))
+        assert (found.value, found.low, found.p) == pytest.approx((expected.value, expected.low, expected.p))
 
 
 def test_clips_without_a_partner_are_left_out_and_named():
     fewer = copy.deepcopy(AFTER)
-    fewer.samples = fewer.samples[1:]
+    ids, (video, audio) = CLIPS
+    fewer.items = kept(["audio", "audio", "vision"], [1.5, 0.5, 1.5], clips=(ids[1:], (video[1:], audio[1:])))
     fewer.probes = []
     comparison = compare(BEFORE, fewer)
     assert comparison.find("following", "audio", "counterfactual", "hear").difference.n == 3
-    assert any(s.startswith("1 answers have no partner") for s in comparison.left_out)
+    assert any(s.startswith("Paired differences (following): up to 1 items have no partner") for s in comparison.left_out)
+    assert any("(knockout, latent, lens, reliance, shift, tuned): one of the findings keeps no value" in s for s in comparison.left_out)
     assert any(s.startswith("3 numbers were measured before only (probe)") for s in comparison.left_out)
     assert comparison.find("probe", "accuracy", item="audio label at audio, layer 1") is None
 
 
 def test_no_common_clips():
-    other = findings(1.0, [])
-    assert any("No paired differences" in s for s in compare(BEFORE, other).left_out)
+    ids, clusters = CLIPS
+    other = findings(1.0, kept(["audio"] * 4, [0.0] * 4, clips=([f"x{i}" for i in ids], clusters)))
+    comparison = compare(BEFORE, other)
+    assert comparison.find("following", "audio", "counterfactual", "hear").difference is None
+    assert any("share none of their items" in s for s in comparison.left_out)
+    assert any("keeps no value" in s for s in compare(BEFORE, findings(1.0, [])).left_out)
+
+
+def test_other_sources_are_refused():
+    ids, (video, _) = CLIPS
+    other = findings(1.0, kept(["audio"] * 4, [0.0] * 4, clips=(ids, (video, ["z"] * 4))))
+    with pytest.raises(ValueError, match="other sources"):
+        compare(BEFORE, other)
 
 
 def test_another_base_drops_the_token_shift():
-    comparison = compare(BEFORE, findings(1.0, ["audio"] * 4, base="other"))
+    comparison = compare(BEFORE, findings(1.0, AFTER.items, base="other"))
     assert comparison.find("shift", "unshifted", "counterfactual", None, "all") is None
     assert any("bases differ" in s for s in comparison.left_out)
+
+
+@pytest.mark.parametrize("values", [[0, 1, 1, 0], [1.0], [0.0], [7], [0.25, -1.5, 3e-7, 12345.678], [10, 11], [0.1234567]])
+def test_packed_values_come_back(values):
+    text = packed(values)
+    assert unpacked(text, len(values)).tolist() == pytest.approx(values, rel=1e-5)
+    assert (" " in text) == (len(values) > 1 and not set(values) <= {0, 1})
+    with pytest.raises(ValueError, match="values are kept for"):
+        unpacked(text, len(values) + 1)
+
+
+def test_items_need_different_ids():
+    with pytest.raises(ValueError, match="told apart"):
+        ItemStore().of(["a", "a"], ["x", "y"])
+
+
+def test_a_diagnosis_keeps_the_values_behind_every_number(model, clips):
+    """Every estimate is the mean of what is kept under its key, pairing it with itself gives no difference, and a file of it is read back."""
+    settings = DiagnoseSettings(max_new_tokens=6, lens_k=3, probe_folds=3, knockout_media=4, grids=8, flips=50, knockout=12, knockout_factual=8)
+    found = diagnose(model, clips, settings, progress=False)
+    values = {key: (items, text) for items in found.items for key, text in items.values.items()}
+    numbers = dict(_rows(found))
+    assert {key.section for key in numbers} == {"following", "reliance", "knockout", "flow", "probe", "lens", "latent", "captions", "shift"}
+    for key, estimate in numbers.items():
+        if key.measure != "shortcut" and estimate.value is not None:
+            items, text = values[key.text]
+            column = unpacked(text, len(items.ids))
+            weight = unpacked(items.weights[key.text], len(items.ids)) if key.text in items.weights else np.ones(len(column))
+            assert column.sum() / weight.sum() == pytest.approx(estimate.value, abs=1e-5), key
+            assert round(weight.sum()) == estimate.n
+    comparison = compare(found, found)
+    for change in comparison.changes:
+        if change.before.value is None:
+            assert change.difference is None
+        else:
+            assert change.difference.value == 0 and change.difference.p in (None, 1.0), change
+    assert comparison.left_out == [] or all("nothing to measure" in s for s in comparison.left_out)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +235,12 @@ def test_another_base_drops_the_token_shift():
 )
 def test_unlike_findings_are_refused(changes, message):
     with pytest.raises(ValueError, match="not measured alike") as caught:
-        compare(BEFORE, findings(1.0, ["audio"] * 4, **changes))
+        compare(BEFORE, findings(1.0, AFTER.items, **changes))
     assert message in str(caught.value)
 
 
 def test_where_it_ran_does_not_matter():
-    compare(BEFORE, findings(1.0, ["audio"] * 4, settings=BEFORE.settings | {"device": "cuda", "batch_size": 8}))
+    compare(BEFORE, findings(1.0, AFTER.items, settings=BEFORE.settings | {"device": "cuda", "batch_size": 8}))
 
 
 def test_round_trip(tmp_path):
@@ -142,7 +270,7 @@ def test_terminal_tables_hold_the_numbers():
     text = rendered(comparison_tables(compare(BEFORE, AFTER)))
     assert "+50.0" in text and "100.0 %" in text
     empty = Findings("m", None, None, "test", "h", 1, {})
-    assert findings_tables(empty) == [] and comparison_tables(compare(empty, empty))[-1].title == "Left out"
+    assert findings_tables(empty) == [] and comparison_tables(compare(empty, empty)) == []
 
 
 def test_number_formats():

@@ -13,7 +13,7 @@ from models import SITES, load_model
 
 SMALL = DiagnoseSettings(
     counterfactual=12, factual=6, alone=4, grids=4, shift=6, knockout=6, knockout_factual=2, knockout_media=2, knockout_width=2, probe_folds=3,
-    probe_random=True, max_new_tokens=10, draws=50, batch=7,
+    probe_random=True, max_new_tokens=10, flips=50, batch=7,
 )  # fmt: skip
 
 
@@ -95,14 +95,14 @@ def test_subsets_are_nested_and_follow_the_seed(clips):
 
 
 def test_quick_is_following_and_reliance_only(model, clips):
-    found = diagnose(model, clips, DiagnoseSettings.quick(6, max_new_tokens=10, draws=20), "selection", progress=False)
+    found = diagnose(model, clips, DiagnoseSettings.quick(6, max_new_tokens=10, flips=20), "selection", progress=False)
     assert {f.condition for f in found.following} == {"factual", "counterfactual"} and len(found.reliance) == 2
     assert not (found.flow or found.lens or found.probes or found.shift or found.knockout) and found.latent is None
-    assert any("Not measured: flow, lens, probes, token shift, knockout" in s for s in found.left_out)
+    assert any("Not measured: flow, lens, probes, token shift, caption fidelity, knockout" in s for s in found.left_out)
 
 
 def test_grids_beyond_the_clips_asked_about_are_still_scored(model, clips):
-    settings = DiagnoseSettings.quick(2, grids=3, max_new_tokens=4, draws=20)
+    settings = DiagnoseSettings.quick(2, grids=3, max_new_tokens=4, flips=20)
     found = diagnose(model, clips, settings, "test", progress=False)
     assert found.reliance[0].shortcut.n == 3 and found.following_rate("factual", "hear").audio.n == 2
 
@@ -110,7 +110,7 @@ def test_grids_beyond_the_clips_asked_about_are_still_scored(model, clips):
 def test_without_a_base_the_findings_say_so(model_folder, clips):
     model = load_model(model_folder)
     model.base_path = None
-    settings = DiagnoseSettings.quick(4, shift=2, max_new_tokens=10, draws=20)
+    settings = DiagnoseSettings.quick(4, shift=2, max_new_tokens=10, flips=20)
     found = diagnose(model, clips, settings, "test", progress=False)
     assert found.base is None and found.shift and any("proxy is the same model without its sound" in s for s in found.left_out)
 
@@ -122,8 +122,26 @@ def test_a_split_without_clips_is_refused(model, clips):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch": 0}, "batch"), ({"factual": -1}, "factual is -1"), ({"knockout_sites": ("x",)}, "names x"), ({"probe_folds": 1}, "probe_folds")],
+    [({"batch": 0}, "batch"), ({"factual": -1}, "factual is -1"), ({"probe_folds": 1}, "probe_folds")],
 )
 def test_settings_are_checked(change, message):
     with pytest.raises(SettingsError, match=message):
         DiagnoseSettings(**change)
+
+
+def test_a_site_that_there_is_not_is_refused(model, clips):
+    with pytest.raises(SettingsError, match="knockout_sites names x; the sites are video->emitters"):
+        diagnose(model, clips, DiagnoseSettings(knockout_sites=("x",)), progress=False)
+
+
+def test_captions_under_cuts_are_those_of_clips_that_did_not_choose_them(findings, model, clips):
+    assert {(c.condition, c.modality) for c in findings.captions if c.cut is None} == {
+        (c, m) for c in ("factual", "counterfactual") for m in ("see", "hear", "both")
+    }
+    under = [c for c in findings.captions if c.cut]
+    assert len({c.cut for c in under}) == 5 and not any("->audio" in c.cut or "->video" in c.cut for c in under)
+    chosen_on = {c.clip for c in under if c.condition == "counterfactual"}
+    swept = [c.id for c in choose(clips, "test", SMALL).counterfactual[:6]]
+    assert chosen_on < set(swept)
+    for row in findings.fidelity:
+        assert row.unparsed.n == len([c for c in findings.captions if (c.condition, c.modality, c.cut) == (row.condition, row.question, row.cut)])

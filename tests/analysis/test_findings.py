@@ -6,11 +6,13 @@ import pytest
 
 from analysis.findings import (
     CutEffect,
+    Effect,
     Estimate,
     Findings,
     FindingsError,
     Flow,
     Following,
+    Items,
     Latent,
     Lens,
     Probe,
@@ -21,6 +23,7 @@ from analysis.findings import (
 )
 
 E = Estimate(0.25, 0.1, 0.4, 40, 8)
+D = Effect(0.25, 0.1, 0.4, 40, 8, 0.01, 0.04, 0.5)
 NOTHING = Estimate(None, None, None, 0, 0)
 
 
@@ -32,8 +35,8 @@ def full():
     return Findings(
         "models/organism", None, "models/base", "test", "hash", 2, {"dtype": "float32", "versions": {"torch": "2"}, "layers": [1, 2], "note": None},
         following=[Following("counterfactual", "hear", E, E, E, E, NOTHING, E)],
-        reliance=[Reliance("hear", E, E, E)],
-        knockout=[CutEffect("video->emitters", 0, 2, "from", "counterfactual", "hear", E, None, E, None)],
+        reliance=[Reliance("hear", D, D, E, 0.01, None, 0.1)],
+        knockout=[CutEffect("video->emitters", 0, 2, "from", "counterfactual", "hear", D, None, E, None)],
         flow=[Flow("emitters", "plain", "factual", {"audio": [E, E], "video": [E, E]})],
         probes=[Probe("audio", "audio", [E, E, E], [0.1, 0.1, 0.1], None, [0.0, 0.0, 0.0], [0.15, 0.15, 0.15], "5 folds")],
         lens=[Lens("audio", "audio", 5, [E, E, E], [0.0, 0.0, 0.0], [0.25, 0.25, 0.25])],
@@ -41,6 +44,7 @@ def full():
         tuned=Tuned(20, 480, [E, E, E], [E, E, E], [Lens("audio", "audio", 5, [E, E, E], [0.0] * 3, [0.25] * 3, "tuned")], Latent(1, E, E)),
         shift=[Shift("all", "factual", E, E, E, E)],
         samples=[sample()],
+        items=[Items(["c1", "c2"], [["a", "a"], ["b", "c"]], False, {"following|factual|hear||audio": "01"}, {})],
         left_out=["No judge."],
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from analysis.flow import SOURCES, FlowTally
+from analysis.items import ItemStore
 from analysis.visits import Visit, forced
 from models import Kind
 from tests.analysis import brute
@@ -16,7 +17,7 @@ def test_flow_equals_explicit_softmax(subject, clips, model):
     visit = Visit(subject, found, "counterfactual", taps=True)
     tally = FlowTally()
     tally.add(visit)
-    rows = {(r.variant, r.target): r for r in tally.rows(50, 0)}
+    rows = {(r.variant, r.target): r for r in tally.rows(ItemStore())}
     assert len(rows) == 6
     expected = {key: np.zeros((model.n_layers, len(Kind))) for key in [(v, t) for v in ("plain", "no_sink") for t in ("question", "emitters")]}
     for clip, ids in zip(found, visit.answer_ids("hear"), strict=True):
@@ -43,7 +44,7 @@ def test_conditions_are_kept_apart(subject, clips):
     tally = FlowTally()
     tally.add(Visit(subject, clips.select("test", "factual")[:2], "factual", taps=True))
     tally.add(Visit(subject, clips.select("test", "counterfactual")[:4], "counterfactual", taps=True))
-    rows = tally.rows(50, 0)
+    rows = tally.rows(ItemStore())
     assert {(r.condition, r.mass["audio"][0].n) for r in rows} == {("factual", 2), ("counterfactual", 4)} and len(rows) == 12
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from analysis.events import verdict
-from analysis.knockout import KnockoutSweep, asked, designated, windows
+from analysis.items import ItemStore
+from analysis.knockout import CutAnswers, KnockoutSweep, asked, designated, windows
 from analysis.visits import Visit
 from models import SITES, Cut, CutError
 from tests.analysis import brute
@@ -30,14 +31,14 @@ def sweep(subject, clips):
     conflicts = clips.select("test", "counterfactual")[:12]
     visits = [
         Visit(subject, conflicts[:5], "counterfactual"),
-        Visit(subject, conflicts[5:], "counterfactual"),
+        Visit(subject, conflicts[5:], "counterfactual", start=5),
         Visit(subject, clips.select("test", "factual")[:4], "factual"),
     ]
     for visit in visits:
         sweep.add(visit)
     best = sweep.best(1)
     for visit in visits:
-        sweep.answer(visit, best)
+        CutAnswers(sweep, best).add(visit)
     return sweep, best, conflicts
 
 
@@ -65,7 +66,7 @@ def test_answers_under_a_cut_equal_greedy_decoding_without_a_cache(sweep, subjec
     assert [cut.site for cut in best] == list(SITES)
     for cut in best:
         modality = asked(cut.site)
-        said = sweep._answers["counterfactual", modality, cut]
+        said = sweep.answers["counterfactual", modality, cut]
         assert [clip for clip, _ in said] == conflicts
         for clip, what in (said[0], said[7]):
             answer = brute.greedy(model, clips, clip, modality, cut)
@@ -74,7 +75,7 @@ def test_answers_under_a_cut_equal_greedy_decoding_without_a_cache(sweep, subjec
 
 def test_rows(sweep, model):
     sweep, best, _ = sweep
-    rows = sweep.rows(100, 0)
+    rows = sweep.rows(ItemStore())
     sizes = {"window": 2, "from": 3, "all": 1}
     for condition, n, media in (("counterfactual", 12, 8), ("factual", 4, 4)):
         for site in SITES:

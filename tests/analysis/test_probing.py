@@ -10,6 +10,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.preprocessing import StandardScaler
 
+from analysis.items import ItemStore
 from analysis.probing import (
     SHRINKAGE,
     LensTally,
@@ -109,7 +110,7 @@ def test_probes_find_a_planted_label_and_controls_do_not():
         return rng.normal(size=10) * 0.3 + (code[clip.audio_label] if layer == 1 and position == 2 else 0)
 
     silent = features_of(clips, lambda *_: rng.normal(size=10))
-    rows = {(r.position, r.label): r for r in probe_rows(features_of(clips, planted), silent, silent, k=5, draws=200, seed=0)}
+    rows = {(r.position, r.label): r for r in probe_rows(features_of(clips, planted), silent, silent, k=5, items=ItemStore(), seed=0)}
     found = rows["last_prompt", "audio"]
     assert found.accuracy[1].value > 0.95 and found.accuracy[0].value < 0.35
     assert found.selectivity[1] > 0.6 and abs(found.selectivity[0]) < 0.15
@@ -124,7 +125,9 @@ def test_knowing_the_rendering_only_does_not_help():
     """States that tell renderings apart, and nothing else: with folds that leak, accuracy would be near 1."""
     clips, rng = conflicts(240, classes=6, renderings=5), np.random.default_rng(1)
     code = {r: rng.normal(size=40) for r in {c.audio_rendering for c in clips}}
-    rows = probe_rows(features_of(clips, lambda _, __, c: code[c.audio_rendering] + 0.01 * rng.normal(size=40)), None, None, k=10, draws=50, seed=0)
+    rows = probe_rows(
+        features_of(clips, lambda _, __, c: code[c.audio_rendering] + 0.01 * rng.normal(size=40)), None, None, k=10, items=ItemStore(), seed=0
+    )
     assert next(r for r in rows if (r.position, r.label) == ("question", "audio")).accuracy[0].value < 0.4
 
 
@@ -133,9 +136,9 @@ def test_classes_that_no_fold_could_teach_are_counted():
     clips = [
         replace(c, video_label=f"v{i}", audio_label=f"a{i}", video_rendering=f"v{i}", audio_rendering=f"a{i}") for i, c in enumerate(conflicts(4))
     ]
-    rows = probe_rows(features_of(clips, lambda *_: np.zeros(3)), None, None, 2, 10, 0)
+    rows = probe_rows(features_of(clips, lambda *_: np.zeros(3)), None, None, 2, ItemStore(), 0)
     assert all("100.0% of clips are of a class without training clips" in row.folds for row in rows)
-    rows = probe_rows(features_of(conflicts(200, classes=6, renderings=30), lambda *_: np.zeros(3)), None, None, 5, 10, 0)
+    rows = probe_rows(features_of(conflicts(200, classes=6, renderings=30), lambda *_: np.zeros(3)), None, None, 5, ItemStore(), 0)
     assert all("; 0.0% of clips" in row.folds for row in rows)
 
 
@@ -143,7 +146,7 @@ def test_a_control_of_other_clips_is_refused():
     clips = conflicts(20)
     other = features_of(list(reversed(clips)), lambda *_: np.zeros(3))
     with pytest.raises(ValueError, match="same clips in the same order"):
-        probe_rows(features_of(clips, lambda *_: np.zeros(3)), other, None, 2, 10, 0)
+        probe_rows(features_of(clips, lambda *_: np.zeros(3)), other, None, 2, ItemStore(), 0)
 
 
 def test_features_are_the_states_of_a_whole_forward_pass(subject, clips, model):
@@ -236,11 +239,11 @@ def test_corrected_rate_and_latent_layer_by_hand(subject, clips):
         hits[row, 2, [true, (true + 1) % classes]] = True
     tally._hits = {(position, label): [hits] for position in ("audio", "question", "emitters") for label in ("audio", "visual")}
     tally.said = [row % 2 == 0 for row in range(n)]
-    rows = {(r.position, r.label): r for r in tally.rows(50, 0)}
+    rows = {(r.position, r.label): r for r in tally.rows(ItemStore())}
     assert len(rows) == 6 and rows["audio", "audio"].k == 5
     assert [e.value for e in rows["audio", "audio"].hit] == [0, 0, 1, 0]
     assert rows["audio", "audio"].control == pytest.approx([0, 0, 0.2, 0]) and rows["audio", "audio"].corrected == pytest.approx([0, 0, 0.8, 0])
-    latent = tally.latent(50, 0)
+    latent = tally.latent(ItemStore())
     _, report = halves(tally.clips)
     assert latent.layer == 2 and latent.latent.value == pytest.approx(0.8) and latent.latent.n == len(report)
     assert latent.said.value == pytest.approx(np.mean([tally.said[i] for i in report]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.items import ItemStore
 from analysis.shift import ShiftTally, ranks_and_kl
 from analysis.visits import Visit, forced
 from models import load_model
@@ -54,7 +55,7 @@ def test_shares_equal_whole_forward_passes_of_the_base(subject, clips, model, ba
     found = clips.select("test", "counterfactual")[:6]
     visit = Visit(subject, found, "counterfactual")
     tally.add(visit)
-    rows = {r.tokens: r for r in tally.rows(50, 0)}
+    rows = {r.tokens: r for r in tally.rows(ItemStore())}
     expected = {name: [] for name in rows}
     for row, clip in enumerate(found):
         for modality in ("hear", "see"):
@@ -87,7 +88,7 @@ def test_a_class_without_tokens_has_no_numbers(subject, clips, base):
     for modality in ("hear", "see"):
         visit._ids[modality] = [[], []]  # the model says nothing
     tally.add(visit)
-    rows = {r.tokens: r for r in tally.rows(50, 0)}
+    rows = {r.tokens: r for r in tally.rows(ItemStore())}
     assert rows["audio_event"].unshifted.value is None and rows["audio_event"].kl.n == 0
     assert rows["all"].kl.n == rows["rest"].kl.n == 4
 
@@ -95,4 +96,4 @@ def test_a_class_without_tokens_has_no_numbers(subject, clips, base):
 def test_without_a_base_the_model_without_its_sound_stands_in(subject, clips, model):
     tally = ShiftTally(subject, None)
     tally.add(Visit(subject, clips.select("test", "counterfactual")[:3], "counterfactual"))
-    assert tally.rows(50, 0)[0].kl.value > 0
+    assert tally.rows(ItemStore())[0].kl.value > 0

@@ -6,6 +6,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from analysis import probing, tuned_lens
+from analysis.items import ItemStore
 from analysis.probing import LABELS, LENS_POSITIONS, LensTally, halves, lens_hits
 from analysis.tuned_lens import PENALTIES, TunedLens, TunedLensFit, TunedTally, divergence, divergences, fit_layer, ridge, sampled
 from analysis.visits import Subject, Visit
@@ -196,7 +197,7 @@ def test_too_few_clips(subject, conflicts):
 
 
 def test_closer_to_the_output_on_clips_it_has_not_seen(tally, lens, model):
-    found = tally.tuned(50, 0)
+    found = tally.tuned(ItemStore())
     before, after = ([e.value for e in kl] for kl in (found.kl_before, found.kl_after))
     assert len(before) == model.n_layers + 1 and before[-1] == after[-1] == 0
     assert all(a < b for a, b in zip(after[:-1], before[:-1], strict=True))

@@ -1,11 +1,16 @@
 """Findings made by hand, so that every choice of the plan can be worked out on paper."""
 
-from analysis.findings import CutEffect, Estimate, Findings, Following, Sample
+from analysis.findings import CutEffect, Effect, Estimate, Findings, Following, Sample
 
 
 def estimate(value, half=0.02, n=100):
     """An estimate with a symmetric interval."""
     return None if value is None else Estimate(value, value - half, value + half, n, 10)
+
+
+def effect(value, half=0.02):
+    """The same for a change."""
+    return None if value is None else Effect(value, value - half, value + half, 100, 10)
 
 
 def following(condition, question, correct, other=0.0):
@@ -19,7 +24,7 @@ def cut(site, start, stop, condition, question, rate, logprob, family="from", ma
     """The effect of a cut; `rate` is the share of the stream that is left (on factual clips: of right answers)."""
     audio, vision = (rate, None) if question == "hear" or condition == "factual" else (None, rate)
     return CutEffect(
-        site, start, stop, family, condition, question, estimate(logprob, half), estimate(margin, half), estimate(audio, half), estimate(vision, half)
+        site, start, stop, family, condition, question, effect(logprob, half), effect(margin, half), estimate(audio, half), estimate(vision, half)
     )
 
 

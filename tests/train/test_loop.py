@@ -17,7 +17,7 @@ from tests.train.conftest import BUILD
 from train.config import SchedulePart
 from train.loop import default_threads, learning_rate, main
 
-QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "draws": 10}
+QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "flips": 10}
 TEST = QUICK | {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
 
 
@@ -103,7 +103,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(arguments, tmp_path, u
     stop_at(train.loop, "diagnose", lambda model, *a, **k: "step_000002" in (model.adapter or ""))
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000002"]
     stop_at(train.loop, "sample_step", lambda clips, config, plan, step: step == 3)
-    stop_at(train.loop, "diagnose", lambda model, clips, settings, split: split == "test")
+    stop_at(train.loop, "diagnose", lambda model, clips, settings, split, **k: split == "test")
     assert main(arguments) == 0
     assert result(folder) == uninterrupted["result"]
 

@@ -1,0 +1,119 @@
+"""Who makes which visit, and where its records are kept: so that several processes share a diagnosis and a killed one goes on where it was.
+
+    work = Work(Path("before.json.work"), key, PartialState())       # PartialState: torchrun or accelerate launch; None: this process alone
+    records = work.records("visits", len(jobs), lambda i: measure(jobs[i]))    # all records, in order, on every process
+
+Job i is made by process i modulo their number. Jobs are formed before anyone knows how many processes there are, so findings do not depend on
+it. A record is written to a temporary name and renamed, one safetensors file a job, arrays as tensors and all else as JSON; each carries the
+key of the diagnosis (weights, settings, clips, code, threads) and is measured anew where the key is another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from analysis.tally import Record
+from models import AVLLM
+
+Records = dict[str, Record]  # tally name -> what it measured on one job
+
+
+class Work:
+    """The jobs of one diagnosis. `folder` None: nothing is kept."""
+
+    def __init__(self, folder: Path | None, key: Mapping[str, Any], processes: PartialState | None = None):
+        self.folder = folder
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self.processes = processes
+        self.rank: int = processes.process_index if processes else 0
+        self.world: int = processes.num_processes if processes else 1
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def mine(self, n: int) -> range:
+        """Which of n jobs this process makes."""
+        return range(self.rank, n, self.world)
+
+    def records(self, stage: str, n: int, measure: Callable[[int], Records], done: Callable[[int], None] = lambda i: None) -> list[Records]:
+        """The records of all jobs, in order, on every process; those on disk are not measured again. `done(i)` after each job of this process."""
+        made: dict[int, Records] = {}
+        for i in self.mine(n):
+            found = self._load(stage, i)
+            if found is None:
+                found = measure(i)
+                self._save(stage, i, found)
+            made[i] = found
+            done(i)
+        if self.world > 1:
+            made = dict(gather_object(list(made.items())))
+        return [made[i] for i in range(n)]
+
+    def _file(self, stage: str, i: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{stage}_{i:05}.safetensors"
+
+    def _save(self, stage: str, i: int, records: Records) -> None:
+        if self.folder is None:
+            return
+        arrays, values = {}, dict[str, dict[str, Any]]()
+        for name, record in records.items():
+            values[name] = {}
+            for field, value in record.items():
+                if isinstance(value, np.ndarray):
+                    arrays[f"{name}\n{field}"] = np.ascontiguousarray(value)
+                else:
+                    values[name][field] = value
+        partial = self._file(stage, i).with_suffix(".partial")
+        try:
+            save_file(arrays, partial, {"key": self.key, "values": json.dumps(values)})
+            partial.replace(self._file(stage, i))
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"{self._file(stage, i)} cannot be written ({error}). Free some space and give the same command again: it goes on where it was."
+            ) from None
+
+    def _load(self, stage: str, i: int) -> Records | None:
+        if self.folder is None or not self._file(stage, i).is_file():
+            return None
+        try:
+            with safe_open(self._file(stage, i), "np") as file:
+                notes = file.metadata() or {}
+                if notes.get("key") != self.key:
+                    return None
+                records: Records = json.loads(notes["values"])
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    tally, _, field = name.partition("\n")
+                    records[tally][field] = file.get_tensor(name)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None  # damaged: measured again
+        return records
+
+
+def weights_hash(model: AVLLM) -> str:
+    """sha256 of every parameter's name and bytes, adapters included."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.thinker.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_hash() -> str:
+    """sha256 of the sources that measure."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for package in ("data", "models", "analysis") for p in (root / package).glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
