@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from analysis.fidelity import caption_key
 from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
-from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, unpacked
+from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tuned_item, unpacked
 from analysis.statistics import Dyads, Intervals, by_source, corrected, shortcut
 
 # Settings that say where and how fast a diagnosis ran, not what it measured. Every other difference is refused.
@@ -34,7 +34,7 @@ NEUTRAL = frozenset({"device", "threads", "batch_size", "workers", "progress", "
 class Change:
     """One number of the findings, before and after. `difference`: after − before, item by item; None without pairs (`left_out` says why)."""
 
-    section: str  # following | reliance | knockout | flow | probe | lens | latent | captions | shift
+    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift
     condition: str | None
     question: str | None  # hear | see
     item: str  # which row of the section, e.g. "video->emitters [3, 8)"
@@ -142,12 +142,17 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     for p in findings.probes:
         for layer, value in enumerate(p.accuracy):
             yield Key("probe", None, None, probe_item(p.label, p.position, layer), "accuracy"), value
-    for n in findings.lens:
+    for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
         for layer, value in enumerate(n.hit):
-            yield Key("lens", None, None, lens_item(n.label, n.k, n.position, layer), "hit"), value
+            yield Key("lens", None, None, lens_item(n.label, n.k, n.position, layer, n.lens), "hit"), value
     if findings.latent:
         yield Key("latent", None, None, "", "latent"), findings.latent.latent
         yield Key("latent", None, None, "", "said"), findings.latent.said
+    if findings.tuned:
+        yield Key("latent", None, None, "tuned lens", "latent"), findings.tuned.latent.latent
+        for measure in ("kl_before", "kl_after"):
+            for layer, value in enumerate(getattr(findings.tuned, measure)):
+                yield Key("tuned", None, None, tuned_item(layer), measure), value
     for row in findings.fidelity:
         for measure in ("audio", "video", "unparsed", "invented"):
             if (value := getattr(row, measure)) is not None:

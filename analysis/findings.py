@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
 
 
 class FindingsError(ValueError):
@@ -135,6 +135,7 @@ class Lens:
     hit: list[Estimate]
     control: list[float]
     corrected: list[float]
+    lens: str = "logit"  # logit | tuned
 
 
 @dataclass
@@ -147,6 +148,21 @@ class Latent:
     layer: int
     latent: Estimate
     said: Estimate
+
+
+@dataclass
+class Tuned:
+    """The tuned lens: how far it is from the final output, and what it reads, on conflicts that share nothing with those it was fitted on.
+
+    Per layer (index 0 = embeddings, l = output of layer l): mean KL(final output ‖ lens) in nats a row, of the logit lens and of the tuned one.
+    """
+
+    clips: int  # fitted on
+    rows: int  # hidden states of these clips, in each layer
+    kl_before: list[Estimate]  # the logit lens
+    kl_after: list[Estimate]
+    lens: list[Lens]
+    latent: Latent  # its layer was chosen on the clips it was fitted on
 
 
 @dataclass
@@ -258,6 +274,7 @@ class Findings:
     probes: list[Probe] = field(default_factory=list)
     lens: list[Lens] = field(default_factory=list)
     latent: Latent | None = None
+    tuned: Tuned | None = None
     shift: list[Shift] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     labels: dict[str, list[str]] = field(default_factory=dict)  # class -> [seen, heard]: every event that a judge knows

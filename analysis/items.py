@@ -26,7 +26,7 @@ from data.clips import Clip
 class Key(NamedTuple):
     """Which number of the findings: e.g. Key("knockout", "counterfactual", "hear", cut_item("video->emitters", 3, 8, "from"), "delta_logprob")."""
 
-    section: str  # following | reliance | knockout | flow | probe | lens | latent | captions | shift
+    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift
     condition: str | None
     question: str | None  # hear | see
     item: str  # which row of the section
@@ -53,9 +53,14 @@ def probe_item(label: str, position: str, layer: int) -> str:
     return f"{label} label at {position}, layer {layer}"
 
 
-def lens_item(label: str, k: int, position: str, layer: int) -> str:
-    """A logit lens as an item."""
-    return f"{label} words in the top {k} at {position}, layer {layer}"
+def lens_item(label: str, k: int, position: str, layer: int, lens: str = "logit") -> str:
+    """A lens as an item."""
+    return f"{label} words in the top {k} at {position}{'' if lens == 'logit' else f', {lens} lens'}, layer {layer}"
+
+
+def tuned_item(layer: int) -> str:
+    """How far a lens is from the final output as an item."""
+    return f"KL to the final output, layer {layer}"
 
 
 def packed(values: ArrayLike) -> str:

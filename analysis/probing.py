@@ -19,7 +19,7 @@ readable without sound); optionally the same shapes with random weights in the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,33 +95,28 @@ def halves(clips: Sequence[Clip]) -> tuple[NDArray, NDArray]:
 # ---------------------------------------------------------------- logit lens
 
 
-class LensTally(Tally):
-    """Which classes the lens sees in each clip of all visits (made with `taps=True`). `add` each visit of conflicts, then `rows()` and `latent()`."""
+Read = Callable[[torch.Tensor, int], torch.Tensor]  # states (rows, H) at a layer's index -> logits (rows, V)
 
-    def __init__(self, subject: Subject, k: int = 5):
-        self.k, self.clips = k, list[Clip]()
+
+class LensTally(Tally):
+    """Which classes the lens sees in each clip of all visits (conflicts, made with `taps=True`); then `rows()` and `latent()`.
+
+    `read`: how states of a layer become logits, and what findings call that; the logit lens unless another is given.
+    """
+
+    def __init__(self, subject: Subject, k: int = 5, read: Read | None = None, name: str = "logit"):
+        self.k, self.name, self.clips = k, name, list[Clip]()
+        self.read: Read = read or (lambda states, _: subject.model.lens(states))
         self.classes = list(subject.labels)
         self.said: list[bool] = []
         self._hits: dict[tuple[str, str], list[NDArray]] = {}
-        phrases = {"audio": subject.phrases["hear"], "visual": subject.phrases["see"]}
-        head: Any = subject.model.head
-        vocabulary = head.weight.shape[0]
-        self.table = {label: torch.zeros(vocabulary, len(self.classes), dtype=torch.bool) for label in LABELS}
-        for label in LABELS:
-            for c, name in enumerate(self.classes):
-                self.table[label][[first_token(subject.model, word) for word in event_words(phrases[label][name])], c] = True
+        self.table = word_table(subject)
 
     def measure(self, visit: Visit) -> Record:
-        """Read the visit's states through the lens."""
-        model, spoken = visit.subject.model, visit.spoken("hear")
+        """Hits of every clip, layer and class, (n, L + 1, classes), for each position and label; whether the answer names the sound, (n,)."""
         record: Record = {}
-        assert visit.prefix.hidden is not None and spoken.hidden is not None, "the visit was made without taps"
-        for position, hidden, kinds, kind in (
-            ("audio", visit.prefix.hidden, visit.prefix.kinds, Kind.AUDIO),
-            ("question", spoken.hidden, spoken.kinds, Kind.QUESTION),
-            ("emitters", spoken.hidden, spoken.kinds, Kind.EMITTER),
-        ):
-            hits = [lens_hits(model, states, kinds == kind, self.table, self.k) for states in hidden]
+        for position, states, mask in lens_states(visit):
+            hits = [lens_hits(self.read, layer, x, mask, self.table, self.k) for layer, x in enumerate(states)]
             for label in LABELS:
                 record[f"{position} {label}"] = np.stack([h[label] for h in hits], axis=1)
         phrases = visit.subject.phrases["hear"]
@@ -149,8 +144,9 @@ class LensTally(Tally):
         for position in LENS_POSITIONS:
             for label in LABELS:
                 hit, control = self._rates(position, label)
-                keys = [Key("lens", None, None, lens_item(label, self.k, position, layer), "hit") for layer in range(hit.shape[1])]
-                out.append(Lens(position, label, self.k, group.rates(keys, hit), control.mean(0).tolist(), (hit - control).mean(0).tolist()))
+                keys = [Key("lens", None, None, lens_item(label, self.k, position, layer, self.name), "hit") for layer in range(hit.shape[1])]
+                corrected = (hit - control).mean(0).tolist()
+                out.append(Lens(position, label, self.k, group.rates(keys, hit), control.mean(0).tolist(), corrected, self.name))
         return out
 
     def latent(self, items: ItemStore) -> Latent | None:
@@ -166,16 +162,36 @@ class LensTally(Tally):
         return Latent(layer, latent, said)
 
 
+def word_table(subject: Subject) -> dict[str, torch.Tensor]:
+    """Label -> (V, classes) bool: the first tokens of the words of each class's phrase."""
+    phrases = {"audio": subject.phrases["hear"], "visual": subject.phrases["see"]}
+    head: Any = subject.model.head
+    table = {label: torch.zeros(head.weight.shape[0], len(subject.labels), dtype=torch.bool) for label in LABELS}
+    for label in LABELS:
+        for c, name in enumerate(subject.labels):
+            table[label][[first_token(subject.model, word) for word in event_words(phrases[label][name])], c] = True
+    return table
+
+
+def lens_states(visit: Visit) -> Iterator[tuple[str, tuple[torch.Tensor, ...], torch.Tensor]]:
+    """(position, states of every layer (n, rows, H), which rows (n, rows)): of the prompt's audio, and of the spoken answer to the hear-question."""
+    spoken = visit.spoken("hear")
+    assert visit.prefix.hidden is not None and spoken.hidden is not None, "the visit was made without taps"
+    yield "audio", visit.prefix.hidden, visit.prefix.kinds == Kind.AUDIO
+    yield "question", spoken.hidden, spoken.kinds == Kind.QUESTION
+    yield "emitters", spoken.hidden, spoken.kinds == Kind.EMITTER
+
+
 def first_token(model: AVLLM, word: str) -> int:
     """The first token of a word inside a sentence that is not only space."""
     ids = model.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
     return next((i for i in ids if model.tokenizer.decode([i]).strip()), ids[0])
 
 
-def lens_hits(model: AVLLM, states: torch.Tensor, mask: torch.Tensor, table: dict[str, torch.Tensor], k: int) -> dict[str, NDArray]:
+def lens_hits(read: Read, layer: int, states: torch.Tensor, mask: torch.Tensor, table: dict[str, torch.Tensor], k: int) -> dict[str, NDArray]:
     """Label -> (n, classes) bool: at some masked row of the clip, a token of the class is among the top k.
 
-    states: (n, rows, H) before the final norm; mask: (n, rows); table[label]: (V, classes) bool.
+    states: (n, rows, H), the output of `layer` (0: the embeddings); mask: (n, rows); table[label]: (V, classes) bool.
     """
     item = mask.nonzero()[:, 0].cpu()
     rows = states[mask]
@@ -183,7 +199,7 @@ def lens_hits(model: AVLLM, states: torch.Tensor, mask: torch.Tensor, table: dic
     step = max(1, LENS_CELLS // next(iter(table.values())).shape[0])
     with torch.no_grad():
         for start in range(0, len(rows), step):
-            top = model.lens(rows[start : start + step]).topk(k, dim=-1).indices.cpu()
+            top = read(rows[start : start + step], layer).topk(k, dim=-1).indices.cpu()
             for label, t in table.items():
                 found[label].index_add_(0, item[start : start + step], t[top].any(1).float())
     return {label: (f > 0).numpy() for label, f in found.items()}
@@ -303,6 +319,7 @@ def probe_rows(
         f"{len(folds)} folds; no rendering and no unordered class pair is in both training and test part; "
         f"{np.mean([len(train) for train, _ in folds]):.0f} training clips a fold on average"
     )
+    untaught = {label: sum(int((~np.isin(t[test], t[train])).sum()) for train, test in folds) / len(clips) for label, t in true.items()}
 
     def right(source: ProbeFeatures, position: int, labellings: Sequence[NDArray]) -> NDArray:
         """(n, L + 1, labellings) whether each clip is predicted right."""
@@ -335,7 +352,7 @@ def probe_rows(
                     None if audio_removed is None else audio_removed.tolist(),
                     None if blank is None else blank[:, i].tolist(),
                     selectivity.tolist(),
-                    note,
+                    f"{note}; {untaught[label]:.1%} of clips are of a class without training clips in their fold and count as wrong",
                 )
             )
     return out

@@ -146,16 +146,19 @@ def findings_tables(findings: Findings) -> list[Table]:
         table.caption = "Layer 0 is the embeddings. Selectivity: points above the best control."
         tables.append(table)
     if findings.lens:
-        table = _table("Logit lens: true event words among the top k", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
-        for n in findings.lens:
+        table = _table("Lenses: true event words among the top k", "lens", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
+        for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
             if (layer := _peak(n.corrected)) is not None:
                 gained = f"{100 * n.corrected[layer]:+.1f}".replace("-", "−")
-                table.add_row(words(n.label, STREAMS), words(n.position, POSITIONS), str(n.k), str(layer), percent(n.hit[layer]), gained)
+                table.add_row(n.lens, words(n.label, STREAMS), words(n.position, POSITIONS), str(n.k), str(layer), percent(n.hit[layer]), gained)
         if findings.latent:
             shown = (
                 f"{percent(findings.latent.latent)} understood inside (layer {findings.latent.layer}), {percent(findings.latent.said)} said aloud."
             )
             table.caption = f"Latent audio understanding: {shown}"
+            if findings.tuned:
+                latent = findings.tuned.latent
+                table.caption += f" By the tuned lens: {percent(latent.latent)} (layer {latent.layer}, n = {latent.latent.n})."
         tables.append(table)
     if findings.shift:
         table = _table("Answers against the base without audio", "tokens", "clips", "its first choice", "2nd or 3rd", "beyond", "KL, nats", "n")

@@ -11,7 +11,7 @@ from scipy import stats
 
 from analysis.compare import Comparison, _rows, compare
 from analysis.diagnose import DiagnoseSettings, diagnose
-from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Probe, Reliance, Shift
+from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Reliance, Shift, Tuned
 from analysis.items import ItemStore, Key, cut_item, packed, unpacked
 from analysis.statistics import Dyads, Intervals, shortcut
 from analysis.tables import best_cuts, comparison_tables, findings_tables, layers, number, percent
@@ -61,7 +61,12 @@ def findings(audio, items, **changes):
             CutEffect("video->emitters", k, 2, family, "counterfactual", "hear", d(1.0 - k), d(1.0), e(0.9 - k / 2), e(0.1)) for k, family in CUTS
         ],
         probes=[Probe("audio", "audio", [e(0.1), e(0.7), e(0.6)], [0.1] * 3, None, None, [0.0, 0.6, 0.5], "2 folds")],
+        lens=[Lens("audio", "audio", 5, [e(0.1), e(0.3), e(0.2)], [0.1] * 3, [0.0, 0.2, 0.1])],
         latent=Latent(1, e(0.4), e(audio)),
+        tuned=Tuned(
+            20, 480, [e(2.0), e(1.0), e(0.0)], [e(0.8), e(0.6), e(0.0)],
+            [Lens("audio", "audio", 5, [e(0.2), e(0.65), e(0.2)], [0.1] * 3, [0.1, 0.55, 0.1], "tuned")], Latent(1, e(0.55), e(audio)),
+        ),
         shift=[Shift("all", "counterfactual", e(0.6), e(0.3), e(0.1), e(2.0))],
         items=items,
     )  # fmt: skip
@@ -91,7 +96,13 @@ def test_paired_differences_by_hand():
     assert cut.difference.p == pytest.approx(expected.p) and cut.difference.p_corrected == pytest.approx(min(1, 2 * expected.p))
     assert audio.difference.p_corrected is None  # no layers
     assert comparison.find("latent", "said").difference is None
-    assert any("no paired difference (knockout, latent, probe, shift): one of the findings keeps no value" in s for s in comparison.left_out)
+    assert any(
+        "no paired difference (knockout, latent, lens, probe, shift, tuned): one of the findings keeps no value" in s for s in comparison.left_out
+    )
+    assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, layer 1").after.value == pytest.approx(0.3)
+    assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, tuned lens, layer 1").after.value == pytest.approx(0.65)
+    assert comparison.find("latent", "latent", item="tuned lens").before.value == pytest.approx(0.55)
+    assert comparison.find("tuned", "kl_after", item="KL to the final output, layer 1").before.value == pytest.approx(0.6)
 
 
 def test_token_shift_is_compared_as_a_ratio_of_sums():
@@ -150,7 +161,7 @@ def test_clips_without_a_partner_are_left_out_and_named():
     comparison = compare(BEFORE, fewer)
     assert comparison.find("following", "audio", "counterfactual", "hear").difference.n == 3
     assert any(s.startswith("Paired differences (following): up to 1 items have no partner") for s in comparison.left_out)
-    assert any("(knockout, latent, reliance, shift): one of the findings keeps no value" in s for s in comparison.left_out)
+    assert any("(knockout, latent, lens, reliance, shift, tuned): one of the findings keeps no value" in s for s in comparison.left_out)
     assert any(s.startswith("3 numbers were measured before only (probe)") for s in comparison.left_out)
     assert comparison.find("probe", "accuracy", item="audio label at audio, layer 1") is None
 
@@ -258,6 +269,7 @@ def test_terminal_tables_hold_the_numbers():
     assert "0.50 (0.45, 0.55)" in text  # Shortcut Index
     assert "video ↛ answer" in text and "0–1" in text and "90.0 % (85.0–95.0)" in text  # the strongest cut
     assert "70.0 % (65.0–75.0)" in text and "+60.0" in text  # the best probe layer
+    assert "65.0 % (60.0–70.0)" in text and "By the tuned lens: 55.0 %" in text
     text = rendered(comparison_tables(compare(BEFORE, AFTER)))
     assert "+50.0" in text and "100.0 %" in text
     empty = Findings("m", None, None, "test", "h", 1, {})

@@ -19,6 +19,7 @@ from analysis.findings import (
     Reliance,
     Sample,
     Shift,
+    Tuned,
 )
 
 E = Estimate(0.25, 0.1, 0.4, 40, 8)
@@ -40,6 +41,7 @@ def full():
         probes=[Probe("audio", "audio", [E, E, E], [0.1, 0.1, 0.1], None, [0.0, 0.0, 0.0], [0.15, 0.15, 0.15], "5 folds")],
         lens=[Lens("audio", "audio", 5, [E, E, E], [0.0, 0.0, 0.0], [0.25, 0.25, 0.25])],
         latent=Latent(1, E, E),
+        tuned=Tuned(20, 480, [E, E, E], [E, E, E], [Lens("audio", "audio", 5, [E, E, E], [0.0] * 3, [0.25] * 3, "tuned")], Latent(1, E, E)),
         shift=[Shift("all", "factual", E, E, E, E)],
         samples=[sample()],
         items=[Items(["c1", "c2"], [["a", "a"], ["b", "c"]], False, {"following|factual|hear||audio": "01"}, {})],

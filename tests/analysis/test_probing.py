@@ -131,6 +131,17 @@ def test_knowing_the_rendering_only_does_not_help():
     assert next(r for r in rows if (r.position, r.label) == ("question", "audio")).accuracy[0].value < 0.4
 
 
+def test_classes_that_no_fold_could_teach_are_counted():
+    """Four clips, each class in one of them: whichever is tested, nothing of its class is left to learn from."""
+    clips = [
+        replace(c, video_label=f"v{i}", audio_label=f"a{i}", video_rendering=f"v{i}", audio_rendering=f"a{i}") for i, c in enumerate(conflicts(4))
+    ]
+    rows = probe_rows(features_of(clips, lambda *_: np.zeros(3)), None, None, 2, ItemStore(), 0)
+    assert all("100.0% of clips are of a class without training clips" in row.folds for row in rows)
+    rows = probe_rows(features_of(conflicts(200, classes=6, renderings=30), lambda *_: np.zeros(3)), None, None, 5, ItemStore(), 0)
+    assert all("; 0.0% of clips" in row.folds for row in rows)
+
+
 def test_a_control_of_other_clips_is_refused():
     clips = conflicts(20)
     other = features_of(list(reversed(clips)), lambda *_: np.zeros(3))
@@ -187,6 +198,10 @@ def lettered(model_folder):
     return model
 
 
+def hits_of(model, states, mask, table, k):
+    return lens_hits(lambda rows, _: model.lens(rows), 0, states, mask, table, k)
+
+
 def test_lens_hits_by_hand(lettered):
     """Three clips of two rows; classes {token 3}, {tokens 5, 7}. Top 1 is the largest axis; in top 2 the next one comes in too."""
     axes = torch.eye(20, lettered.hidden_size)
@@ -194,8 +209,8 @@ def test_lens_hits_by_hand(lettered):
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     table = torch.zeros(lettered.head.weight.shape[0], 2, dtype=torch.bool)
     table[3, 0] = table[5, 1] = table[7, 1] = True
-    assert lens_hits(lettered, states, mask, {"audio": table}, 1)["audio"].tolist() == [[True, False], [False, True], [False, False]]
-    assert lens_hits(lettered, states[:1], mask[:1], {"audio": table}, 2)["audio"].tolist() == [[True, True]]
+    assert hits_of(lettered, states, mask, {"audio": table}, 1)["audio"].tolist() == [[True, False], [False, True], [False, False]]
+    assert hits_of(lettered, states[:1], mask[:1], {"audio": table}, 2)["audio"].tolist() == [[True, True]]
 
 
 def test_lens_goes_through_the_final_norm(lettered):
@@ -204,10 +219,10 @@ def test_lens_goes_through_the_final_norm(lettered):
     state[..., 4], state[..., 6] = 1.0, 50.0
     table = torch.zeros(lettered.head.weight.shape[0], 1, dtype=torch.bool)
     table[4, 0] = True
-    assert not lens_hits(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"].any()
+    assert not hits_of(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"].any()
     with torch.no_grad():
         lettered.text_model.norm.weight[6] = 0.0
-        hit = lens_hits(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"]
+        hit = hits_of(lettered, state, torch.ones(1, 1, dtype=torch.bool), {"audio": table}, 1)["audio"]
         lettered.text_model.norm.weight[6] = 1.0
     assert hit.all()
 
