@@ -38,6 +38,7 @@ from analysis.reliance import FollowingTally, ScoreTable, reliance_rows, want_gr
 from analysis.settings import DiagnoseSettings, SettingsError
 from analysis.shift import ShiftTally
 from analysis.tally import Tally
+from analysis.tuned_lens import TunedLens, TunedLensFit, TunedTally
 from analysis.visits import MODALITIES, Subject, Visit
 from analysis.work import Records, Work, code_hash, weights_hash
 from data.clips import Clip, Clips, DataError, Grid
@@ -169,6 +170,7 @@ class _Diagnosis:
         want_grids(scores, chosen.grids, self.by_id)
         flow = FlowTally() if settings.flow else None
         lens = LensTally(self.subject, settings.lens_k) if settings.lens and conflicts else None
+        fit = TunedLensFit(self.subject, chosen.counterfactual, settings.lens_k) if lens else None
         features = ProbeFeatures() if settings.probes and conflicts else None
         silent = ProbeFeatures() if features else None
         random = ProbeFeatures() if features and settings.probe_random else None
@@ -179,12 +181,13 @@ class _Diagnosis:
             media = settings.knockout_media if settings.knockout_media is not None else len(self.by_id)
             sweep = KnockoutSweep(self.subject, sites, settings.knockout_width, media)
         asked: dict[str, Tally | None] = {
-            "following": following, "scores": scores, "flow": flow, "lens": lens, "probes": features, "without sound": silent, "random": random,
-            "shift": shift, "captions": captions, "knockout": sweep,
+            "following": following, "scores": scores, "flow": flow, "lens": lens, "tuned fit": fit, "probes": features, "without sound": silent,
+            "random": random, "shift": shift, "captions": captions, "knockout": sweep,
         }  # fmt: skip
         self.tallies = {name: tally for name, tally in asked.items() if tally is not None}
         self._make("visits", self._visits(scores))
         under_cuts = self._under_cuts(sweep) if sweep and captions and settings.caption_cuts else None
+        tuned = self._tuned(fit) if fit else None
         if sweep:
             self._make("answers", [*self._cut_answers(sweep), *(self._cut_captions(sweep, under_cuts) if under_cuts else ())])
 
@@ -208,6 +211,7 @@ class _Diagnosis:
             findings.flow = flow.rows(items)
         if lens:
             findings.lens, findings.latent = lens.rows(items), lens.latent(items)
+            findings.tuned = tuned.tuned(items) if tuned else None
         if shift:
             findings.shift = shift.rows(items)
         if sweep:
@@ -255,7 +259,7 @@ class _Diagnosis:
         settings, jobs = self.settings, list[Job]()
         for condition, clips in self.conditions.items():
             conflict = None if condition == "counterfactual" else 0
-            named = {"following": None, "scores": None, "flow": None, "lens": conflict, "probes": conflict}
+            named = {"following": None, "scores": None, "flow": None, "lens": conflict, "tuned fit": conflict, "probes": conflict}
             named |= {"shift": settings.shift, "captions": settings.captions}
             taps = any(name in self.tallies and named[name] != 0 for name in ("flow", "lens", "probes"))
             jobs += self._jobs(condition, clips, {**named, "knockout": len(self.swept[condition])}, taps=taps)
@@ -288,6 +292,23 @@ class _Diagnosis:
         if curve or wanted < 0:
             out.append("Knockout: whoever picks the best cut from a curve picks on the clips it is reported on; measure it again on another split.")
         return [job for condition, clips in self.swept.items() for job in self._jobs(condition, clips, {"cut answers": None})]
+
+    def _tuned(self, fit: TunedLensFit) -> TunedTally | None:
+        """The tuned lens, fitted on one half of the conflicts by one process, read on the other half."""
+
+        def fitted(i: int) -> Records:
+            self.bar.update(self.task, description="fitting tuned lens")
+            lens = fit.fit()
+            return {"lens": lens.record()} if lens else {}
+
+        [found] = self.work.records("tuned_fit", 1, fitted)
+        if not found:
+            self.findings.left_out.append("Tuned lens: too few conflicts for one half to fit it on and another to read.")
+            return None
+        tally = TunedTally(self.subject, TunedLens.of_record(found["lens"]), self.settings.lens_k)
+        self.tallies["tuned lens"] = tally
+        self._make("tuned_lens", list(self._jobs("counterfactual", fit.report, {"tuned lens": None}, taps=True)))
+        return tally
 
     def _under_cuts(self, sweep: KnockoutSweep) -> CaptionTally:
         """Captions under the best cuts: of each site the best on the choosing half, of these the first few."""

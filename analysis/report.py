@@ -16,7 +16,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,24 @@ from markupsafe import Markup
 
 from analysis.charts import RATES, Bar, Drawing, Series, bars, columns, joined, lines, span, stacked_rows, text
 from analysis.compare import Comparison
-from analysis.findings import Estimate, Findings, Sample
-from analysis.tables import CONDITIONS, POSITIONS, STREAMS, TOKENS, best_cuts, counted, cut_name, layers, number, percent, words
+from analysis.fidelity import agreement, caption_key
+from analysis.findings import CaptionFidelity, Estimate, Findings, Sample
+from analysis.tables import (
+    CONDITIONS,
+    POSITIONS,
+    QUESTIONS,
+    STREAMS,
+    TOKENS,
+    best_cuts,
+    counted,
+    cut_name,
+    cut_words,
+    effect,
+    layers,
+    number,
+    percent,
+    words,
+)
 
 Named = tuple[str, Findings]
 LARGEST_CLIP = 4_000_000  # bytes; a larger mp4 is named instead of embedded
@@ -87,11 +102,15 @@ def write_report(
         warnings=_warnings(ends),
         answers=_answers(ends),
         following=_following_table(ends, comparison),
-        reliance=_reliance_table(ends),
+        reliance=_reliance_table(ends, comparison),
+        captions=_captions(ends),
+        fidelity=_fidelity_table(ends, comparison),
+        agreement=_agreement(ends),
         trajectory=_trajectory(findings),
         knockout=_knockout(ends),
         probes=_probes(ends),
         lens=_lens(ends),
+        tuned=_tuned(ends),
         latent=_latent(ends),
         flow=_flow(ends),
         shift=_shift(ends),
@@ -257,16 +276,71 @@ def _following_table(ends: list[Named], comparison: Comparison | None) -> dict[s
     return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
 
 
-def _reliance_table(ends: list[Named]) -> dict[str, Any] | None:
+def _captions(ends: list[Named]) -> Drawing | None:
+    """Scores of captions given without a cut: both sides of the answer to the both-question, one side of the others; by the first judge."""
+    groups = []
+    for condition in dict.fromkeys(f.condition for _, findings in ends for f in findings.fidelity):
+        for question, asked in (("both", "what it sees and hears"), ("hear", "what it hears"), ("see", "what it sees")):
+            shown = []
+            for side, tone, label in (("audio", "audio", "sound side"), ("video", "vision", "picture side")):
+                found = [(name, _fidelity(f, condition, question, None)) for name, f in ends]
+                values = [(name, e) for name, row in found if row and (e := getattr(row, side)) is not None]
+                if values:
+                    shown.append(Bar(label, tone, values))
+            if shown:
+                groups.append((f"{words(condition, CONDITIONS).capitalize()}, asked {asked}", shown))
+    return bars(groups, "Caption fidelity", width=880) if groups else None
+
+
+def _fidelity(findings: Findings, condition: str, question: str, cut: str | None, judge: str | None = None) -> CaptionFidelity | None:
+    """The row of one judge, by default the first."""
+    rows = [f for f in findings.fidelity if (f.condition, f.question, f.cut) == (condition, question, cut)]
+    return next((f for f in rows if judge is None or f.judge == judge), None)
+
+
+def _fidelity_table(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
+    """Every judge, condition, question and cut."""
+    keys = dict.fromkeys((f.judge, f.condition, f.question, f.cut) for _, findings in ends for f in findings.fidelity)
+    header, rows = ["judge", "clips", "asked about", "cut"], []
+    for what in ("sound side", "picture side", "makes up"):
+        header += [f"{what}, {name}" if len(ends) > 1 else what for name, _ in ends]
+        header += ["difference"] if comparison and what != "makes up" else []
+    for judge, condition, question, cut in keys:
+        row = [judge, words(condition, CONDITIONS), words(question, QUESTIONS), cut_words(cut) or "–"]
+        found = [_fidelity(f, condition, question, cut, judge) for _, f in ends]
+        for measure, show in (("audio", number), ("video", number), ("invented", percent)):
+            row += [show(getattr(f, measure)) if f else "–" for f in found]
+            if comparison and measure != "invented":
+                key = caption_key(judge, condition, question, cut, measure)
+                change = comparison.find("captions", measure, condition, question, key.item)
+                row.append(effect(change.difference) if change and change.difference else "–")
+        rows.append([*row, counted(next(f.unparsed for f in reversed(found) if f))])
+    return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
+
+
+def _agreement(ends: list[Named]) -> list[str]:
+    """How alike judges rank the captions of the last findings."""
+    return [
+        f"Judges {a.first} and {a.second} on the {'sound' if a.side == 'audio' else 'picture'} side: Spearman's rho = {a.rho:.2f}, {a.n} captions."
+        for a in agreement(ends[-1][1].captions)
+        if a.rho is not None
+    ]
+
+
+def _reliance_table(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
     rows = []
     for question in ("hear", "see"):
         for name, findings in ends:
             for r in findings.reliance:
                 if r.question == question:
                     label = [f"{question}s", name] if len(ends) > 1 else [f"{question}s"]
-                    numbers = [number(r.shortcut), number(r.effect_audio, True), number(r.effect_video, True), counted(r.shortcut)]
+                    null = "–" if r.shortcut_null is None else f"{r.shortcut_null:.2f}"
+                    change = comparison.find("reliance", "shortcut", None, question) if comparison and findings is ends[-1][1] else None
+                    changed = [effect(change.difference) if change and change.difference else ""] if comparison else []
+                    numbers = [number(r.shortcut), null, *changed, effect(r.effect_audio), effect(r.effect_video), counted(r.shortcut)]
                     rows.append([*label, *numbers])
-    header = ["asked what it", *([""] if len(ends) > 1 else []), "Shortcut Index", "sound moves, nats", "picture moves, nats", "grids (sources)"]
+    header = ["asked what it", *([""] if len(ends) > 1 else []), "Shortcut Index", "by chance below", *(["difference"] if comparison else [])]
+    header += ["sound moves, nats", "picture moves, nats", "grids (sources)"]
     return {"header": header, "rows": rows} if rows else None
 
 
@@ -342,7 +416,7 @@ def _cut_panel(
         shared = [*ticks, (none[0], "")] if followed else ticks  # so that both charts share their x axis
         drawing = lines(gained, shared, gain_ticks, f"{cut_name(site)}, {what}", x_title, as_percent=False, width=width, height=height - 35)
         drawings.append((f"Δ {what}, nats a token", drawing))
-        tables.append(_figure("", [], gained, ticks, partial(number, signed=True)))
+        tables.append(_figure("", [], gained, ticks, effect))
     if not tables:
         return None
     rows = [
@@ -370,11 +444,11 @@ def _probes(ends: list[Named]) -> list[Figure]:
     return figures
 
 
-def _lens(ends: list[Named]) -> list[Figure]:
+def _lens(ends: list[Named], tuned: bool = False) -> list[Figure]:
     """Per position: rate of true event words in the top k; the grey band spans the shuffled references of the last findings."""
     found: dict[str, tuple[list[Series], list[list[float]], int]] = {}
     for k, (name, findings) in enumerate(ends):
-        for n in findings.lens:
+        for n in findings.lens if not tuned else findings.tuned.lens if findings.tuned else []:
             series, controls, _ = found.setdefault(n.position, ([], [], n.k))
             label = f"{words(n.label, STREAMS)}, {name}" if len(ends) > 1 else words(n.label, STREAMS)
             points = [(float(layer), e) for layer, e in enumerate(n.hit)]
@@ -386,6 +460,25 @@ def _lens(ends: list[Named]) -> list[Figure]:
         _layer_figure(f"In the top {k} at the {words(position, POSITIONS)}", series, controls, scale)
         for position, (series, controls, k) in found.items()
     ]
+
+
+def _tuned(ends: list[Named]) -> Group | None:
+    """How far both lenses are from the final output, and what the tuned one reads."""
+    known = [(k, name, f.tuned) for k, (name, f) in enumerate(ends) if f.tuned]
+    if not known:
+        return None
+    series = []
+    for k, name, tuned in known:
+        for label, tone, values in (("logit lens", "near", tuned.kl_before), ("tuned lens", "base", tuned.kl_after)):
+            points = [(float(layer), e) for layer, e in enumerate(values)]
+            series.append(Series(f"{label}, {name}" if len(ends) > 1 else label, tone, points, dashed=len(ends) > 1 and k == 0))
+    ticks = [(float(layer), str(layer)) for layer in range(len(series[0].points))]
+    title = "KL to the final output, nats"
+    drawing = lines(series, ticks, span(series), title, "layer", as_percent=False)
+    last = known[-1][2]
+    note = f"Orange: logit lens, blue: tuned lens. Fitted on {last.clips} conflicts ({last.rows} states a layer), read on others."
+    figures = [_figure(title, [("", drawing)], series, ticks, number, note), *_lens(ends, tuned=True)]
+    return Group("The same through a tuned lens: an affine map a layer, fitted to the final output", figures, folded=True)
 
 
 def _layer_figure(title: str, series: list[Series], controls: list[list[float]], y_ticks: Sequence[float], note: str = "") -> Figure:
@@ -401,12 +494,16 @@ def _layer_figure(title: str, series: list[Series], controls: list[list[float]],
 
 
 def _latent(ends: list[Named]) -> list[str]:
-    return [
-        f"{_capital(name)}: the true sound can be read inside in {percent(f.latent.latent)} of clips "
-        f"(above shuffled references, layer {f.latent.layer}, n = {f.latent.latent.n}) and is said aloud in {percent(f.latent.said)}."
-        for name, f in ends
-        if f.latent
-    ]
+    """What is understood inside, by both lenses, and what is said aloud."""
+    sentences = []
+    for name, f in ends:
+        if f.latent:
+            tuned = f" By the tuned lens {percent(f.tuned.latent.latent)} (layer {f.tuned.latent.layer})." if f.tuned else ""
+            sentences.append(
+                f"{_capital(name)}: the true sound can be read inside in {percent(f.latent.latent)} of clips "
+                f"(above shuffled references, layer {f.latent.layer}, n = {f.latent.latent.n}) and is said aloud in {percent(f.latent.said)}.{tuned}"
+            )
+    return sentences
 
 
 def _flow(ends: list[Named]) -> list[Group]:

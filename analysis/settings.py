@@ -27,7 +27,7 @@ class DiagnoseSettings:
     flow: bool = True
     """Attention flow."""
     lens: bool = True
-    """Logit lens, and latent audio understanding from it."""
+    """Logit lens and tuned lens, and latent audio understanding from them."""
     probes: bool = True
     """Linear probes."""
     shift: int | None = 200

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from analysis.compare import Change, Comparison
 from analysis.fidelity import Agreement
-from analysis.findings import CaptionFidelity, CutEffect, Estimate, Findings
+from analysis.findings import CaptionFidelity, CutEffect, Effect, Estimate, Findings
 
 CONDITIONS = {
     "counterfactual": "conflicts",
@@ -28,7 +28,7 @@ CONDITIONS = {
     "unseen_factual": "factual, unseen",
     "unseen_counterfactual": "conflicts, unseen",
 }
-QUESTIONS = {"hear": "the sound", "see": "the picture"}
+QUESTIONS = {"hear": "the sound", "see": "the picture", "both": "both"}
 POSITIONS = {"audio": "audio tokens", "question": "question", "emitters": "answer", "last_prompt": "last prompt token"}
 STREAMS = {"audio": "the sound", "visual": "the picture"}
 TOKENS = {
@@ -63,6 +63,24 @@ def number(estimate: Estimate | None, signed: bool = False) -> str:
         return "–"
     shown = _digits(estimate.value, 2, "+" if signed else "")
     return shown if estimate.low is None or estimate.high is None else f"{shown} ({_digits(estimate.low, 2)}, {_digits(estimate.high, 2)})"
+
+
+def effect(estimate: Estimate | None) -> str:
+    """A signed number with its interval and p value, the one corrected over its sweep where there is one: `+0.83 (0.79, 0.86; p < .001)`."""
+    shown = number(estimate, signed=True)
+    return f"{shown[:-1]}; {p_value(estimate)})" if isinstance(estimate, Effect) and estimate.p is not None and shown.endswith(")") else shown
+
+
+def p_value(estimate: Effect) -> str:
+    """`p = .034`, `p < .001`; corrected over the sweep where there is one."""
+    p = estimate.p if estimate.p_corrected is None else estimate.p_corrected
+    return "p –" if p is None else "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".")
+
+
+def cut_words(cut: str | None) -> str:
+    """`video->emitters 4:8` in words: `video ↛ answer, 4–7`; nothing for no cut."""
+    site, _, window = (cut or "").partition(" ")
+    return f"{cut_name(site)}, {layers(*map(int, window.split(':')))}" if cut else ""
 
 
 def _digits(value: float, digits: int, sign: str = "") -> str:
@@ -122,15 +140,18 @@ def findings_tables(findings: Findings) -> list[Table]:
             "Shortcut Index: how far the wrong stream decides (0 is ideal)", "asked about", "index", "sound moves", "picture moves", "grids"
         )
         for r in findings.reliance:
-            effects = (number(r.effect_audio, True), number(r.effect_video, True))
+            effects = (effect(r.effect_audio), effect(r.effect_video))
             table.add_row(words(r.question, QUESTIONS), number(r.shortcut), *effects, counted(r.shortcut))
-        table.caption = "Sound / picture moves: change of the margin in nats a token when that stream alone is swapped."
+        null = [f"{_digits(r.shortcut_null, 2)} asked about {words(r.question, QUESTIONS)}" for r in findings.reliance if r.shortcut_null is not None]
+        table.caption = "Sound / picture moves: change of the margin in nats a token when that stream alone is swapped." + (
+            f" If the other stream did not matter, the index would stay below {', '.join(null)} in 95 % of cases." if null else ""
+        )
         tables.append(table)
     if cuts := best_cuts(findings.knockout):
         table = _table("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "names the sound", "names the picture", "log p")
         for c in cuts:
             rates = (percent(c.audio), percent(c.vision))
-            table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, number(c.delta_logprob, True))
+            table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, effect(c.delta_logprob))
         counts = " to ".join(sorted({counted(c.delta_logprob) for c in cuts}))
         table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
         tables.append(table)
@@ -185,10 +206,8 @@ def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
     """What captions get right, per judge, condition, question and cut."""
     table = _table("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", "unparsed", "n (sources)")
     for row in rows:
-        site, _, window = (row.cut or "").partition(" ")
-        cut = f"{cut_name(site)}, {layers(*map(int, window.split(':')))}" if row.cut else ""
         scores = (number(row.audio), number(row.video), _short(row.invented), _short(row.unparsed), counted(row.unparsed))
-        table.add_row(row.judge, words(row.condition, CONDITIONS), words(row.question, {**QUESTIONS, "both": "both"}), cut, *scores)
+        table.add_row(row.judge, words(row.condition, CONDITIONS), words(row.question, QUESTIONS), cut_words(row.cut), *scores)
     table.caption = "Makes up: share of captions with an event that the clip does not have. Unparsed captions are in no mean."
     return table
 

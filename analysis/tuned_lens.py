@@ -17,17 +17,12 @@ as those clips gain. Where neither gains anything the map is the identity. Deter
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from analysis.findings import Latent, Tuned
 from analysis.items import ItemStore, Key, tuned_item
@@ -69,23 +64,16 @@ class TunedLens:
         """Logits (..., V) of a layer's states (..., H), index 0 the embeddings."""
         return model.lens(self.states(states, layer))
 
-    def save(self, path: str | os.PathLike) -> None:
-        """As safetensors, written atomically."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        note = {"fitted_on": json.dumps(self.fitted_on), "rows": str(self.rows), "layer": str(self.layer)}
-        save_file({"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()}, partial, note)
-        partial.replace(path)
+    def record(self) -> Record:
+        """As a record (analysis/tally.py), which `of_record` reads."""
+        arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
+        return {**arrays, "fitted_on": list(self.fitted_on), "rows": self.rows, "layer": self.layer}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> TunedLens:
-        """What `save` wrote, on the CPU."""
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata()
-            return cls(
-                file.get_tensor("weight"), file.get_tensor("bias"), tuple(json.loads(note["fitted_on"])), int(note["rows"]), int(note["layer"])
-            )
+    def of_record(cls, record: Record) -> TunedLens:
+        """What `record` made, on the CPU."""
+        weight, bias = torch.from_numpy(record["weight"]), torch.from_numpy(record["bias"])
+        return cls(weight, bias, tuple(record["fitted_on"]), record["rows"], record["layer"])
 
 
 def sampled(visit: Visit, rows: int, chosen: Sequence[int]) -> tuple[NDArray, NDArray, torch.Tensor]:
@@ -156,6 +144,8 @@ class TunedLensFit(Tally):
             return None
         model = self.subject.model
         clip, position, array = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        order = np.lexsort((position, clip))  # not as the visits happened to be cut
+        clip, position, array = clip[order], position[order], array[order]
         used = np.unique(clip)
         if len(used) < 2:
             return None

@@ -91,8 +91,8 @@ class FlowTap:
     """Attention mass by kind, filled during a forward pass.
 
     `mass[layer]`: (3, batch, 2, kinds): variant (plain, without the first-token sink, value-norm weighted), item, target (question, emitters),
-    source kind. Heads are averaged, then the rows of a target. Value-norm weighting multiplies a weight by ‖v‖ of its key (Kobayashi et al. 2020,
-    arXiv 2004.10102; taken before the output projection).
+    source kind. Heads are averaged (those with any such mass), then the rows of a target. Value-norm weighting multiplies a weight by ‖v‖ of its
+    key (Kobayashi et al. 2020, arXiv 2004.10102; taken before the output projection).
     """
 
     mass: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -112,7 +112,8 @@ class FlowTap:
         row_kinds = kinds[:, -query.shape[2] :]
         out = torch.zeros(3, query.shape[0], 2, len(Kind))
         for v, w in enumerate(variants):
-            w = (w / w.sum(-1, keepdim=True).clamp_min(1e-12)).mean(1)  # (batch, rows, keys)
+            total = w.sum(-1, keepdim=True)  # 0 in a head that looks at nothing that counts: it has no say in the mean
+            w = (w / total.where(total > 0, torch.ones_like(total))).sum(1) / (total > 0).sum(1).clamp_min(1)  # (batch, rows, keys)
             by_kind = w @ source
             for t, target in enumerate((Kind.QUESTION, Kind.EMITTER)):
                 rows = (row_kinds == target).float()[..., None]

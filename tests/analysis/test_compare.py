@@ -208,7 +208,7 @@ def test_a_diagnosis_keeps_the_values_behind_every_number(model, clips):
     found = diagnose(model, clips, settings, progress=False)
     values = {key: (items, text) for items in found.items for key, text in items.values.items()}
     numbers = dict(_rows(found))
-    assert {key.section for key in numbers} == {"following", "reliance", "knockout", "flow", "probe", "lens", "latent", "captions", "shift"}
+    assert {key.section for key in numbers} == {"following", "reliance", "knockout", "flow", "probe", "lens", "tuned", "latent", "captions", "shift"}
     for key, estimate in numbers.items():
         if key.measure != "shortcut" and estimate.value is not None:
             items, text = values[key.text]
