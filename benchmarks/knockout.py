@@ -12,13 +12,12 @@ window (72 cuts at 12 layers). Baselines, written for this comparison:
     cached      SDPA, tower features computed once, the head at answer rows only; one cut a time, the whole prompt through the decoder
 
 Both must give the log-probabilities of the engine, or nothing is printed. Times are the best of several runs; ratios are what counts.
-Memory is the peak above the loaded model: resident size (Linux) on the CPU, torch's own count on a GPU.
+Memory is the peak of all tensors above the loaded model, as torch counts it.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -248,13 +248,6 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     return best
 
 
-def give_back(at_once: bool) -> None:
-    """Whether glibc gives what is freed back at once, so that the resident size is what is in use; costs time."""
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 1 << 16 if at_once else 1 << 25)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 1 << 17 if at_once else 1 << 26)  # M_TRIM_THRESHOLD
-
-
 def wait() -> None:
     """For the GPU, if there is one."""
     if torch.cuda.is_available():
@@ -271,17 +264,10 @@ def peak_memory(run: Callable[[], Any], device: str) -> float:
         run()
         wait()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> float:
-    """MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1e3
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return float(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()) / 1e6
 
 
 def must_recompute(model: Qwen25Omni, cuts: Sequence[Cut], prefix: int, asked: int, said: int) -> tuple[float, float]:
@@ -331,7 +317,6 @@ def throughput(model: Qwen25Omni, rows: int, prefix: int, repeats: int) -> float
 def compare(args: argparse.Namespace) -> None:
     """Print every figure."""
     dtype = getattr(torch, args.dtype)
-    give_back(args.device == "cpu")
     model = random_model(args.device, dtype, **SIZES[args.size])
     streams = random_streams(10)
     suffix = forced(model, "hear", np.random.default_rng(1).integers(0, 300, ANSWER - 1).tolist())
@@ -352,7 +337,6 @@ def compare(args: argparse.Namespace) -> None:
     model.end_id = -1  # answers do not end before their 24 tokens
     prefix_rows = len(model.layout(media).ids)
     memory = peaks(model, streams, media, suffix, score, captions, cuts[0])
-    give_back(False)
     print(f"{args.size}: {model.n_layers} layers, {model.hidden_size} wide, {args.dtype} on {args.device}, {torch.get_num_threads()} thread(s)")
     print(f"10 s clip: {prefix_rows} prefix tokens + {suffix.first + 1} prompt + {ANSWER} answer tokens; {len(cuts)} cuts")
     print(f"self-check {checked:.1f} s, once a model")

@@ -14,7 +14,7 @@ A family file supplies the five hooks at the end of the class. Everything is pad
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +32,11 @@ from data.clips import Clip
 from data.media import read_audio, read_video
 from data.questions import question
 from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
-from models.reuse import Decoding, Reuse
+from models.reuse import Decoding, Reuse, block_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AUDIO_RATE = 16_000
+JOB_BLOCKS = 16  # blocks of rows that are worked on together under prefix reuse: more share more, fewer need less memory
 
 
 class ModelError(ValueError):
@@ -379,16 +380,24 @@ class AVLLM(ABC):
         embeds = self.text_model.embed_tokens(ids)
         if len(features):
             embeds = embeds.masked_scatter(self.is_media(ids)[..., None], features.to(embeds.dtype))
+        positions = _pad([p.positions.T for p in layouts], 0).permute(2, 0, 1).to(self.device)
         cache: Any = DynamicCache(config=self.text_model.config)
-        out = self.text_model(
-            inputs_embeds=embeds,
-            position_ids=_pad([p.positions.T for p in layouts], 0).permute(2, 0, 1).to(self.device),
-            attention_mask=(kinds != Kind.PAD).long(),
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=hidden,
-            instruments=Instruments(kinds, cuts) if cuts is not None else None,
-        )
+        states = []
+        n, length = kinds.shape
+        # Some rows after the others, so that what is made on the way stays small.
+        step = -(-length // -(-n * length // block_rows(self.text_model, length)))
+        for at in range(0, length, step):
+            now = kinds[:, : at + step]
+            out = self.text_model(
+                inputs_embeds=embeds[:, at : at + step],
+                position_ids=positions[:, :, at : at + step],
+                attention_mask=(now != Kind.PAD).long(),
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=hidden,
+                instruments=Instruments(now, cuts) if cuts is not None else None,
+            )
+            states.append(out.hidden_states)
         return Prefix(
             kinds,
             torch.tensor([int(p.positions.max()) + 1 for p in layouts], device=self.device),
@@ -396,7 +405,7 @@ class AVLLM(ABC):
             [layer.values for layer in cache.layers],
             cuts or (),
             tuple(media),
-            out.hidden_states if hidden else None,
+            tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True)) if hidden else None,
         )
 
     def _resume(self, clean: Prefix, media: list[Media], cuts: Cuts, start: int, hidden: bool) -> Prefix:
@@ -450,7 +459,9 @@ class AVLLM(ABC):
             rows = torch.tensor([s.first for s in suffixes])[:, None] + steps
             emitters = torch.gather(state, 1, rows.clamp_max(kinds.shape[1] - 1).to(self.device)[..., None].expand(-1, -1, state.shape[-1]))
         else:
-            emitters = self._emitters(prefix, which, suffixes, cuts, len(steps))
+            emitters = torch.empty(len(which), len(steps), self.hidden_size, dtype=self.dtype, device=self.device)
+            for jobs, some in self._emitters(prefix, which, suffixes, cuts, len(steps)):
+                emitters[jobs] = self.text_model.norm(some)
         return Output(
             self.head(emitters),
             targets,
@@ -466,9 +477,12 @@ class AVLLM(ABC):
         some at a time."""
         self._check_prefix_cuts(prefix, which, cuts)
         targets = _pad([s.targets for s in suffixes], -100).to(self.device)
-        emitters = self._emitters(prefix, which, suffixes, cuts, max(1, targets.shape[1]))
-        some = max(1, (1 << 22) // (self.head.weight.shape[0] * emitters.shape[1]))
-        return torch.cat([answer_logprobs(self.head(e), t) for e, t in zip(emitters.split(some), targets.split(some), strict=True)])
+        out = torch.zeros(targets.shape, device=self.device)
+        size = max(1, (1 << 18) // (self.head.weight.shape[0] * max(1, targets.shape[1])))
+        for jobs, states in self._emitters(prefix, which, suffixes, cuts, max(1, targets.shape[1])):
+            for some, part in zip(jobs.split(size), states.split(size), strict=True):
+                out[some] = answer_logprobs(self.lens(part), targets[some])
+        return out
 
     @torch.no_grad()
     def span_scores(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> torch.Tensor:
@@ -476,13 +490,19 @@ class AVLLM(ABC):
         span = _pad([s.span for s in suffixes], False).to(self.device)
         return (self.logprobs(prefix, which, suffixes, cuts) * span).sum(1) / span.sum(1)
 
-    def _emitters(self, prefix: Prefix, which, suffixes, cuts: Cuts | None, steps: int) -> torch.Tensor:
-        """Normed states (N, steps, H) at the emitters of every job; where a job has fewer, its last one again."""
-        job = Reuse(self.text_model, prefix, which, suffixes, cuts if cuts is not None else [()] * len(which))
-        final, rows, _ = job.run()
-        length = job.answer.length[job.answer.of]
-        at = final.start[final.of][:, None] + np.minimum(np.arange(steps), length[:, None] - 1)
-        return self.text_model.norm(rows)[job.tensor(at)]
+    def _emitters(self, prefix: Prefix, which, suffixes, cuts: Cuts | None, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Some jobs at a time, their numbers (n,) and states (n, steps, H) before the final norm at their emitters, padded with the last."""
+        given: Cuts = cuts if cuts is not None else [()] * len(which)
+        # A clip's jobs stay together, since they share work; a few blocks of rows at a time.
+        order = np.argsort(np.array(list(which)), kind="stable")
+        rows = np.cumsum([len(suffixes[i].ids) for i in order])
+        part = (rows - 1) // (JOB_BLOCKS * block_rows(self.text_model, prefix.kinds.shape[1]))
+        for jobs in np.split(order, np.flatnonzero(np.diff(part)) + 1):
+            job = Reuse(self.text_model, prefix, [which[i] for i in jobs], [suffixes[i] for i in jobs], [given[i] for i in jobs])
+            final, states, _ = job.run()
+            length = job.answer.length[job.answer.of]
+            at = final.start[final.of][:, None] + np.minimum(np.arange(steps), length[:, None] - 1)
+            yield job.tensor(jobs), states[job.tensor(at)]
 
     @torch.no_grad()
     def generate(

@@ -15,6 +15,7 @@ Rows are packed without padding and pass through the layers in blocks, so memory
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -124,6 +125,36 @@ def padded(start: Ints, length: Ints) -> tuple[Ints, NDArray[np.bool_]]:
     return np.where(real, start[:, None] + steps, start[:, None]), real
 
 
+class Rows:
+    """Rows (rows, H) in parts, given away in order: a part is let go when all that is asked for lies beyond it."""
+
+    def __init__(self, *parts: torch.Tensor):
+        self.parts: deque[tuple[int, torch.Tensor]] = deque()
+        self.length = 0
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: torch.Tensor) -> None:
+        """Rows after those that are there."""
+        self.parts.append((self.length, part))
+        self.length += len(part)
+
+    def take(self, numbers: Ints) -> torch.Tensor:
+        """These rows; the smallest number must not fall from one call to the next."""
+        low, high = int(numbers.min()), int(numbers.max())
+        while self.parts[0][0] + len(self.parts[0][1]) <= low:
+            self.parts.popleft()
+        some = [part for start, part in self.parts if start <= high]
+        return torch.cat(some)[torch.as_tensor(numbers - self.parts[0][0], device=some[0].device)]
+
+
+def block_rows(text_model: Any, keys: int) -> int:
+    """How many rows go through a layer at once, so that what is made on the way (inside the feed-forward; scores over `keys` keys) stays small."""
+    config = text_model.config
+    elements = 3 << (18 if text_model.embed_tokens.weight.device.type == "cpu" else 22)
+    return min(max(elements // max(config.intermediate_size, config.num_attention_heads * keys), 64), 8192)
+
+
 class Reuse:
     """Jobs on a prefix: job i runs `suffixes[i]` on prefix row `which[i]` under `cuts[i]`. Rows after the last wanted emitter are left out.
 
@@ -151,11 +182,7 @@ class Reuse:
         self.answer = Runs.make([(c, p[2], p[3], p[4]) for c, p in zip(which, mine, strict=True)], cuts, self.position, self.layers)
         last = int(max(self.question.positions.max(initial=0), self.answer.positions.max())) + 1
         self._rotate(last + further)
-        config = text_model.config
-        on_cpu = self.device.type == "cpu"
-        budget = (1 << 21) if on_cpu else (1 << 24)  # elements of one temporary
-        widest = max(3 * config.intermediate_size // 2, config.num_attention_heads * self.kinds.shape[1])
-        self.block = min(max(budget // widest, 64), 8192)
+        self.block = block_rows(text_model, self.kinds.shape[1])
 
     def _rotate(self, length: int) -> None:
         place = torch.arange(length, device=self.device)
@@ -239,8 +266,8 @@ class Reuse:
         return hidden
 
     def pass_stage(
-        self, index: int, hidden: torch.Tensor, states: States, above: States | None, above_seen, keys_only: bool, keep: bool
-    ) -> tuple[States, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None, Ints]:
+        self, index: int, hidden: Rows, states: States, above: States | None, above_seen, keys_only: bool, keep: bool
+    ) -> tuple[States, Rows, tuple[torch.Tensor, torch.Tensor] | None, Ints]:
         """All states of a stage through one layer. Returns the states after it, their rows, their keys and values if `keep`, and for each state
         before one state after it (they have the same keys)."""
         runs = states.runs
@@ -249,7 +276,7 @@ class Reuse:
         kinds = runs.kinds[rows_run]
         bits = runs.blocked[np.repeat(signature, after.length), kinds]
         clips = np.repeat(runs.clip[after.run], after.length)
-        out: list[torch.Tensor] = []
+        out = Rows()
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         edges = [0]
         ends = np.cumsum(after.length)
@@ -285,21 +312,20 @@ class Reuse:
                 past,
                 keys_only,
             )
-            taken = hidden[self.tensor(rows_in[lo:hi])]
-            out.append(self.layer(index, taken, runs.positions[rows_run[lo:hi]], packed))
+            out.add(self.layer(index, hidden.take(rows_in[lo:hi]), runs.positions[rows_run[lo:hi]], packed))
             if keep and packed.seen is not None:
                 seen.append(packed.seen)
         child = np.zeros(len(states.run), dtype=np.int64)
         child[before[::-1]] = np.arange(len(before))[::-1]
         kept = (torch.cat([k for k, _ in seen], 1), torch.cat([v for _, v in seen], 1)) if keep else None
-        return after, torch.cat(out) if len(out) > 1 else out[0], kept, child
+        return after, out, kept, child
 
     def run(self, keep: bool = False) -> tuple[States, torch.Tensor, list[_Layer]]:
         """Every job through every layer. Returns the final answer states, their rows before the final norm (rows, H) and, if `keep`, what decoding
         needs of each layer."""
         question, answer = (States(r, np.arange(len(r.length)), r.of) for r in (self.question, self.answer))
         embed = self.text_model.embed_tokens
-        asked, said = embed(self.tensor(self.question.ids)), embed(self.tensor(self.answer.ids))
+        asked, said = Rows(embed(self.tensor(self.question.ids))), Rows(embed(self.tensor(self.answer.ids)))
         kept: list[_Layer] = []
         for index in range(self.layers):
             seen, above = None, question
@@ -313,7 +339,7 @@ class Reuse:
             if keep:
                 kept.append(_Layer(above, seen, answer_after, mine))
             answer = answer_after
-        return answer, said, kept
+        return answer, torch.cat([rows for _, rows in said.parts]), kept
 
 
 @dataclass
