@@ -520,7 +520,23 @@ class AVLLM(ABC):
         """Greedy answer tokens, without the end token."""
         self._check_prefix_cuts(prefix, which, cuts)
         known = {q: self.suffix(q) for q in dict.fromkeys(questions)}
-        job = Reuse(self.text_model, prefix, which, [known[q] for q in questions], cuts if cuts is not None else [()] * len(which), max_new_tokens)
+        given: Cuts = cuts if cuts is not None else [()] * len(which)
+        order = np.argsort(np.array(list(which)), kind="stable")  # a clip's jobs stay together
+        # Keys and values of what is said are each job's own; so many jobs at a time that they stay small.
+        config = self.text_model.config
+        said = self.n_layers * 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * max_new_tokens
+        size = max(16, (1 << (21 if self.device.type == "cpu" else 27)) // max(said, 1))
+        out: list[list[int]] = [[] for _ in which]
+        for at in range(0, len(order), size):
+            jobs = order[at : at + size].tolist()
+            job = Reuse(
+                self.text_model, prefix, [which[i] for i in jobs], [known[questions[i]] for i in jobs], [given[i] for i in jobs], max_new_tokens
+            )
+            for i, ids in zip(jobs, self._greedy(job, max_new_tokens), strict=True):
+                out[i] = ids
+        return out
+
+    def _greedy(self, job: Reuse, max_new_tokens: int) -> list[list[int]]:
         decoding = Decoding(job, max_new_tokens)
         said: list[list[int]] = [[] for _ in decoding.jobs]
         alive = list(range(len(said)))  # what each row of `decoding` is
