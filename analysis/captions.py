@@ -53,7 +53,7 @@ class CaptionTally(Tally):
         for media_cut in cuts:
             if media_cut is not None and media_cut.cuts_media:
                 given = [(media_cut,)] * len(count)
-                prefix = visit.subject.model.prefill(visit.media, given)
+                prefix = visit.under(media_cut, count)
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
         ordered = [[modality, cut_text(cut) if cut else None, answers[modality, cut]] for cut in cuts for modality in self.modalities]

@@ -150,7 +150,7 @@ class _Diagnosis:
         self, model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen, findings: Findings, bar: Progress, work: Work
     ):
         self.model, self.settings, self.chosen, self.findings, self.bar, self.work = model, settings, chosen, findings, bar, work
-        self.subject = Subject(model, clips, settings.max_new_tokens, settings.suffix_batch)
+        self.subject = Subject(model, clips, settings.max_new_tokens)
         self.by_id = clips.by_id()
         self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
         unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)) if split == "test" else None
@@ -339,7 +339,7 @@ class _Diagnosis:
 
 def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen) -> dict[str, Any]:
     """Everything that moves scores. `device`, `threads`, `batch_size` and `clips_folder` do not, and `compare` ignores them."""
-    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in ("batch", "suffix_batch")}
+    asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k != "batch"}
     there = {c: len(clips.select(split, c)) for c in ("factual", "counterfactual")}
     return {
         **asked,
@@ -355,7 +355,7 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": str(model.device),
         "threads": torch.get_num_threads(),
-        "batch_size": {"clips": settings.batch, "questions": settings.suffix_batch},
+        "batch_size": settings.batch,
         "clips_folder": str(clips.root),
     }
 

@@ -10,8 +10,8 @@ and on the factual clips. Every "from layer k on" cut of some sites can be answe
 clips. A cut closes the direct path only; rows in between may already carry the other stream.
 
 Cost: cuts into question and answer rows all share the clip's one clean media prefix and are scored many to a batch. Cuts into media rows
-(video->audio, audio->video) need the prefix anew each, so they are measured on fewer clips; n says on how many. `models.self_check` runs
-before anything is cut.
+(video->audio, audio->video) need the prefix anew each from their first layer on, so they are measured on fewer clips; n says on how many. The
+model checks itself before anything is cut (`models.self_check`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from analysis.statistics import corrected
 from analysis.tally import Record, Tally
 from analysis.visits import MODALITIES, Subject, Visit
 from data.clips import Clip
-from data.questions import Modality, question
-from models import SITES, Cut, self_check
+from data.questions import Modality
+from models import SITES, Cut
 
 
 class Window(NamedTuple):
@@ -98,14 +98,10 @@ class KnockoutSweep(Tally):
         self.subject, self.sites, self.media_clips = subject, list(sites), media_clips
         self.windows = windows(subject.model.n_layers, width)
         self._cells: dict[tuple[str, Modality, Cut | None], _Cell] = {}  # (condition, question, cut)
-        self._checked = False
         self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict]]] = {}  # what CutAnswers found
 
     def measure(self, visit: Visit) -> Record:
         """Score every cut on the visit's clips."""
-        if not self._checked:
-            self_check(self.subject.model, visit.media[0], question("hear"))
-            self._checked = True
         record: Record = {}
         for modality in MODALITIES:
             sites = [site for site in self.sites if asked(site) == modality]
@@ -116,7 +112,7 @@ class KnockoutSweep(Tally):
             record |= self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
             n = min(len(visit.clips), self.media_clips - visit.start)
             for cut in media if n > 0 else ():
-                record |= self._score(visit, modality, [cut], self.subject.model.prefill(visit.media[:n], [(cut,)] * n), n)
+                record |= self._score(visit, modality, [cut], visit.under(cut, range(n)), n)
         return record
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
@@ -248,9 +244,7 @@ class CutAnswers(Tally):
             answers = {cut: ids[c * len(rows) : (c + 1) * len(rows)] for c, cut in enumerate(plain)}
             for cut in mine:
                 if cut.cuts_media:
-                    given = [(cut,)] * len(rows)
-                    prefix = self.subject.model.prefill([visit.media[row] for row in rows], given)
-                    answers[cut] = self.subject.greedy(prefix, range(len(rows)), modality, given)
+                    answers[cut] = self.subject.greedy(visit.under(cut, rows), range(len(rows)), modality, [(cut,)] * len(rows))
             phrases = self.subject.phrases[modality]
             for cut, said in answers.items():
                 verdicts = [verdict(self.subject.text(i), visit.clips[row], phrases) for row, i in zip(rows, said, strict=True)]

@@ -64,14 +64,12 @@ class DiagnoseSettings:
     """Chooses clips where not all are used, shuffles labels, draws the sign flips."""
     batch: int = 48
     """Clips to a visit. Does not change what is measured."""
-    suffix_batch: int = 128
-    """Questions to a batch on top of a visit. Does not change what is measured."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < (-1 if name == "knockout_answers" else 0):
                 raise SettingsError(f"{name} is {value}: it is a number of things and cannot be negative.")
-        for name in ("batch", "suffix_batch", "flips", "max_new_tokens", "lens_k", "knockout_width"):
+        for name in ("batch", "flips", "max_new_tokens", "lens_k", "knockout_width"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} has to be at least 1.")
         if self.probe_folds < 2:

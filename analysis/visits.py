@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from analysis.events import phrases_of
 from data.clips import Clip, Clips, DataError
 from data.questions import Modality, answer, question
-from models import AVLLM, Kind
+from models import AVLLM, Cut, Kind
 from models.attention import Cuts
 from models.avllm import Output, Prefix, Suffix
 
@@ -36,7 +36,6 @@ class Subject:
     model: AVLLM
     clips: Clips
     max_new_tokens: int = 24
-    suffix_batch: int = 128
     _suffixes: dict[tuple[Modality, str], Suffix] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -61,23 +60,11 @@ class Subject:
 
     def scores(self, prefix: Prefix, which: Sequence[int], suffixes: Sequence[Suffix], cuts: Cuts | None = None) -> NDArray:
         """Length-normalised log-likelihood of the span of each suffix on top of prefix row `which`, (n,), in nats a token."""
-        out = np.empty(len(suffixes))
-        order = sorted(range(len(suffixes)), key=lambda i: len(suffixes[i].ids))
-        for start in range(0, len(order), self.suffix_batch):
-            part = order[start : start + self.suffix_batch]
-            given = [cuts[i] for i in part] if cuts is not None else None
-            out[part] = self.model.extend(prefix, [which[i] for i in part], [suffixes[i] for i in part], given).span_score().double().cpu().numpy()
-        return out
+        return self.model.span_scores(prefix, which, suffixes, cuts).double().cpu().numpy() if len(which) else np.empty(0)
 
     def greedy(self, prefix: Prefix, which: Sequence[int], modality: Modality, cuts: Cuts | None = None) -> list[list[int]]:
         """Greedy answer tokens to the canonical question, without the end token."""
-        out: list[list[int]] = []
-        for start in range(0, len(which), self.suffix_batch):
-            part = slice(start, start + self.suffix_batch)
-            rows = list(which[part])
-            given = cuts[part] if cuts is not None else None
-            out += self.model.generate_ids(prefix, rows, [question(modality)] * len(rows), given, self.max_new_tokens)
-        return out
+        return self.model.generate_ids(prefix, which, [question(modality)] * len(which), cuts, self.max_new_tokens) if len(which) else []
 
     def text(self, ids: Sequence[int]) -> str:
         """Answer tokens as text."""
@@ -128,6 +115,11 @@ class Visit:
                     )
         self._ids: dict[Modality, list[list[int]]] = {}
         self._spoken: dict[Modality, Output] = {}
+
+    def under(self, cut: Cut, rows: Sequence[int]) -> Prefix:
+        """The prefix of some of the clips under a cut into media rows; layers below the cut are those of the clean one, where it has kept them."""
+        clean = self.prefix if self.taps and list(rows) == list(range(len(rows))) else None
+        return self.subject.model.prefill([self.media[row] for row in rows], [(cut,)] * len(rows), clean=clean)
 
     def answer_ids(self, modality: Modality) -> list[list[int]]:
         """Greedy answers as tokens."""

@@ -263,7 +263,7 @@ def parse(args: Sequence[str] | None = None) -> Config:
 def differences(before: Config, now: Config) -> list[str]:
     """Sentences on the settings in which two runs differ, those of FREE_TO_DIFFER left out."""
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
-    keys = [key for key in new if key not in FREE_TO_DIFFER and not key.endswith(".batch") and not key.endswith(".suffix_batch")]
+    keys = [key for key in new if key not in FREE_TO_DIFFER and not key.endswith(".batch")]
     return [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
