@@ -26,7 +26,7 @@ test: setup lint  ## what CI runs
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy data models analysis train
+	$(BIN)/mypy data models analysis train benchmarks
 
 organism: setup  ## rebuild the checkpoints in models/organism (under 20 minutes on 2 cores)
 	$(BIN)/python -m models.organism
