@@ -27,7 +27,7 @@ from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tune
 from analysis.statistics import Dyads, Intervals, by_source, corrected, shortcut
 
 # Settings that say where and how fast a diagnosis ran, not what it measured. Every other difference is refused.
-NEUTRAL = frozenset({"device", "threads", "batch_size", "workers", "progress", "command", "started", "seconds", "clips_folder", "out"})
+NEUTRAL = frozenset({"device", "threads", "batch_size", "clips_folder"})
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
             for layer, value in enumerate(getattr(findings.tuned, measure)):
                 yield Key("tuned", None, None, tuned_item(layer), measure), value
     for row in findings.fidelity:
-        for measure in ("audio", "video", "unparsed", "invented"):
+        for measure in ("audio", "video", "unparsed", "invented", "audio_change", "video_change"):
             if (value := getattr(row, measure)) is not None:
                 yield caption_key(row.judge, row.condition, row.question, row.cut, measure), value
     for s in findings.shift:

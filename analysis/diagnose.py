@@ -34,15 +34,15 @@ from analysis.flow import FlowTally
 from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep
 from analysis.probing import LensTally, ProbeFeatures, probe_rows, random_weights
-from analysis.reliance import FollowingTally, ScoreTable, reliance_rows, want_grids
+from analysis.reliance import FollowingTally, ScoreTable, hang_together, reliance_rows, want_grids
 from analysis.settings import DiagnoseSettings, SettingsError
 from analysis.shift import ShiftTally
 from analysis.tally import Tally
 from analysis.tuned_lens import TunedLens, TunedLensFit, TunedTally
-from analysis.visits import MODALITIES, Subject, Visit
+from analysis.visits import Subject, Visit
 from analysis.work import Records, Work, code_hash, weights_hash
 from data.clips import Clip, Clips, DataError, Grid
-from data.questions import question
+from data.questions import QUESTIONS, question
 from models import AVLLM, SITES, load_model
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "av", "torchvision")
@@ -112,12 +112,18 @@ def diagnose(
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
     asked = stated(model, clips, settings, split, chosen)
     findings = Findings(model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, asked)
-    key = {} if work is None else {"stated": asked, "split": split, "clips": clips.data_hash, "weights": weights_hash(model), "code": code_hash()}
+    base = None
+    if settings.shift != 0 and model.base_path is not None:
+        base = load_model(model.base_path, device=model.device, dtype=model.dtype)
+    key = {}
+    if work is not None:
+        weights = [weights_hash(m) if m is not None else None for m in (model, base)]
+        key = {"stated": asked, "split": split, "clips": clips.data_hash, "weights": weights, "code": code_hash()}
     training = model.thinker.training
     model.thinker.eval()
     try:
         with _bar(progress and (processes is None or processes.is_main_process)) as bar:
-            _Diagnosis(model, clips, settings, split, chosen, findings, bar, Work(work, key, processes)).run()
+            _Diagnosis(model, base, clips, settings, split, chosen, findings, bar, Work(work, key, processes)).run()
     finally:
         model.thinker.train(training)
     return findings
@@ -147,9 +153,19 @@ class _Diagnosis:
     """One run of `diagnose`: which visits are made, who looks at each, and what is made of it."""
 
     def __init__(
-        self, model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen, findings: Findings, bar: Progress, work: Work
+        self,
+        model: AVLLM,
+        base: AVLLM | None,
+        clips: Clips,
+        settings: DiagnoseSettings,
+        split: str,
+        chosen: Chosen,
+        findings: Findings,
+        bar: Progress,
+        work: Work,
     ):
-        self.model, self.settings, self.chosen, self.findings, self.bar, self.work = model, settings, chosen, findings, bar, work
+        self.model, self.base, self.settings, self.chosen = model, base, settings, chosen
+        self.findings, self.bar, self.work = findings, bar, work
         self.subject = Subject(model, clips, settings.max_new_tokens)
         self.by_id = clips.by_id()
         self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
@@ -205,6 +221,12 @@ class _Diagnosis:
         findings.samples = following.samples
         if chosen.grids:
             findings.reliance = reliance_rows(scores, chosen.grids, self.by_id, items, settings.flips, settings.seed)
+            members = [self.by_id[name] for side in ("oo", "xx") for name in (getattr(grid, side) for grid in chosen.grids)]
+            if hang_together(members):
+                out.append(
+                    "Modality reliance: members of one grid are joined by shared pictures or recordings, so intervals count pairs of sources as "
+                    "independent and are too narrow."
+                )
         elif settings.grids != 0:
             out.append("Modality reliance: the split has no grids.")
         if flow:
@@ -323,12 +345,9 @@ class _Diagnosis:
             yield from self._jobs(condition, [c for c in clips if condition == "factual" or c.id in report], {"cut captions": None})
 
     def _shift(self) -> ShiftTally | None:
-        base = None
-        if self.model.base_path is None:
+        if self.base is None:
             self.findings.left_out.append("Token shift: this model has no vision-language base, so its proxy is the same model without its sound.")
-        else:
-            base = load_model(self.model.base_path, device=self.model.device, dtype=self.model.dtype)
-        tally = ShiftTally(self.subject, base)
+        tally = ShiftTally(self.subject, self.base)
         if not tally.speaks_alike:
             self.findings.left_out.append(
                 f"Token shift: the base {self.model.base_path} has another tokenizer, so answers cannot be teacher-forced through it."
@@ -347,13 +366,13 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
             f"{len(chosen.factual)} of {there['factual']} factual and {len(chosen.counterfactual)} of {there['counterfactual']} counterfactual clips "
             f"and {len(chosen.grids)} of {sum(g.split == split for g in clips.grids)} grids of the {split} split, the first by sha256 of seed and id"
         ),
-        "questions": {modality: question(modality) for modality in MODALITIES},
+        "questions": {modality: question(modality) for modality in QUESTIONS},
         "system_prompt": model.system_prompt,
-        "decoding": f"greedy, at most {settings.max_new_tokens} tokens",
+        "decoding": f"greedy, at most {settings.max_new_tokens} tokens, twice as many where both streams are asked about",
         "dtype": str(model.dtype).removeprefix("torch."),
         "processor": _processor(model),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": str(model.device),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "threads": torch.get_num_threads(),
         "batch_size": settings.batch,
         "clips_folder": str(clips.root),

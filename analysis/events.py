@@ -31,7 +31,7 @@ FUNCTION_WORDS = frozenset({
     "could", "may", "might", "must", "seems", "seem", "of", "on", "in", "at", "to", "from", "with", "by", "as", "into", "onto", "upon", "which",
     "who", "what", "while",
 })  # fmt: skip
-NEGATIONS = frozenset({"no", "not", "never", "without", "nothing", "neither", "nor"})
+NEGATIONS = frozenset({"no", "not", "never", "without", "nothing", "neither", "nor", "cannot", "cant"})
 IRREGULAR = {
     "hooves": "hoof", "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "geese": "goose",
     "mice": "mouse", "wolves": "wolf", "leaves": "leaf", "rang": "ring", "rung": "ring", "sang": "sing", "sung": "sing", "blew": "blow",
@@ -95,7 +95,7 @@ def named(answer: str, phrases: Mapping[str, str]) -> set[str]:
         for strict in (True, False):
             for wording in order:
                 for at in _places(free, wording, strict):
-                    if not any(w in NEGATIONS for w in words[: at[0]]):
+                    if not any(w in NEGATIONS for w in words[: at[-1]]):
                         found |= wanted[wording]
                     for i in at:
                         free[i] = None

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from analysis.findings import Caption, CaptionFidelity, CaptionScore, Estimate, Findings
-from analysis.items import ItemStore, Key
+from analysis.findings import Caption, CaptionFidelity, CaptionScore, Effect, Estimate, Findings
+from analysis.items import Group, ItemStore, Key
 from analysis.judges import SIDES, Judge, JudgeError, Side, asked
-from analysis.statistics import by_source
 
 
 def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[CaptionFidelity]:
@@ -38,7 +37,17 @@ def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[Caption
             sides[side] = _rate(items, caption_key(judge, condition, modality, cut, side), scored)
         unparsed = _rate(items, caption_key(judge, condition, modality, cut, "unparsed"), [(caption, not read.parsed) for caption, read in pairs])
         invented = _rate(items, caption_key(judge, condition, modality, cut, "invented"), [(caption, read.invented > 0) for caption, read in parsed])
-        rows.append(CaptionFidelity(judge, condition, modality, cut, sides["audio"], sides["video"], unparsed, invented))
+        changes: dict[Side, Effect | None] = dict.fromkeys(SIDES)
+        for side in asked(modality) if cut else ():
+            before = {caption.clip: side_score(read, side) for caption, read in groups.get((judge, condition, modality, None), ())}
+            both = [(c, now - then) for c, read in parsed if (now := side_score(read, side)) is not None and (then := before.get(c.clip)) is not None]
+            if both:
+                group = _group(items, [caption for caption, _ in both])
+                key = caption_key(judge, condition, modality, cut, f"{side}_change")
+                changes[side] = group.effects([key], np.array([[change] for _, change in both]))[0]
+        rows.append(
+            CaptionFidelity(judge, condition, modality, cut, sides["audio"], sides["video"], unparsed, invented, changes["audio"], changes["video"])
+        )
     return sorted(rows, key=lambda row: row.judge != "labels")
 
 
@@ -56,8 +65,7 @@ def _rate(items: ItemStore, key: Key, scored: Sequence[tuple[Caption, float]]) -
     """Mean of scores between 0 and 1, clustered by the captions' sources."""
     if not scored:
         return Estimate(None, None, None, 0, 0)
-    captions = [caption for caption, _ in scored]
-    group = items.of([c.clip for c in captions], by_source([c.video_source for c in captions], [c.audio_source for c in captions]))
+    group = _group(items, [caption for caption, _ in scored])
     return group.rates([key], np.array([[value] for _, value in scored], dtype=float))[0]
 
 
@@ -80,6 +88,10 @@ def add_scores(findings: Findings, judge: Judge) -> None:
     for group in findings.items:
         group.values = {key: values for key, values in group.values.items() if not key.startswith("captions|")}
     findings.items = [group for group in findings.items if group.values] + items.saved()
+
+
+def _group(items: ItemStore, captions: Sequence[Caption]) -> Group:
+    return items.of([c.clip for c in captions], ([c.video_source for c in captions], [c.audio_source for c in captions]))
 
 
 class Agreement(NamedTuple):

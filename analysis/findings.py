@@ -243,6 +243,8 @@ class CaptionFidelity:
     video: Estimate | None
     unparsed: Estimate
     invented: Estimate
+    audio_change: Effect | None = None  # under a cut: against the same clips' captions without it, where both could be read
+    video_change: Effect | None = None
 
 
 @dataclass

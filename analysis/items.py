@@ -85,8 +85,8 @@ class Group:
     def __init__(self, ids: Sequence[str], clusters: Clusters):
         if len(set(ids)) != len(ids):
             raise ValueError("items are told apart by their ids, and some of these are the same.")
-        self.intervals = Intervals(clusters, len(ids))
         two = isinstance(clusters, tuple)
+        self.intervals = Intervals(by_source(*clusters) if two and not isinstance(clusters, Dyads) else clusters, len(ids))
         self.items = Items(list(ids), [[str(name) for name in side] for side in (clusters if two else (clusters,))], isinstance(clusters, Dyads))
 
     def keep(self, key: Key, values: ArrayLike, weights: ArrayLike | None = None) -> None:

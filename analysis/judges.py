@@ -89,7 +89,9 @@ def score(judge: str, caption: Caption, reading: Reading | None) -> CaptionScore
 
 # ---------------------------------------------------------------- clauses and their sides
 
-SEEING = frozenset({"see", "sees", "seen", "seeing", "visible", "visual", "visually", "picture", "image", "view", "watch", "watching", "looks"})
+SEEING = frozenset({"see", "sees", "seen", "seeing", "visible", "visual", "visually", "picture", "image", "view", "watch", "watching", "looks",
+    "shows", "shown", "depicts", "footage",
+})  # fmt: skip
 HEARING = frozenset({
     "hear", "hears", "heard", "hearing", "sound", "sounds", "audible", "audio", "audibly", "noise", "noises", "listen", "listening", "soundtrack",
 })  # fmt: skip
@@ -101,6 +103,7 @@ _JOINED = re.compile(
 _LEAD = re.compile(
     r"^\W*(?:(?:in|on) the (?:video|clip|picture|background)\W+)?(?:(?:i|we|you) )?(?:(?:can|could) )?(?:(?:see|hear)s? )?(?:the sounds? of )?"
 )
+_DENIED_VERB = re.compile(r"\b(?:is|are|was|were|do|does|did)(?:\s+not\b|n['’]t\b)|\bnever\b")
 _DENIAL = re.compile(rf"\b(?:{'|'.join(sorted(NEGATIONS))})\b|n['’]t\b")
 
 
@@ -110,6 +113,7 @@ class Clause(NamedTuple):
     text: str
     sides: frozenset[Side]
     denied: bool
+    inherited: bool  # the sides are those of a clause before it
 
 
 def clauses(answer: str, modality: str) -> list[Clause]:
@@ -118,18 +122,19 @@ def clauses(answer: str, modality: str) -> list[Clause]:
     answer = re.sub(r"\b(video|vision)\s*:", "visual:", answer)
     answer = _JOINED.sub("seehear", answer)
     default: frozenset[Side] = frozenset(asked(modality)) if modality != "both" else frozenset()
-    sides, denied, out, start, before = default, False, [], 0, ""
+    sides, denied, carried, out, start, before = default, False, False, list[Clause](), 0, ""
     for at in (*CLAUSE.finditer(answer), None):
         text = answer[start : at.start() if at else len(answer)]
         if words := re.findall(r"[^\W_]+", text):
             if re.search(r"[.!?\n]", before) and ":" not in before:
-                sides = default
+                sides, carried = default, False
             mark = next((w for w in words if w in SEEING or w in HEARING or w == "seehear"), None)
             own: frozenset[Side] = sides if mark is None else _sides_of(mark)
             if mark not in PASSIVE:
                 sides = own
             denied = bool(_DENIAL.search(text)) or (denied and before.split()[-1:] == ["or"])  # "no dog or cat" denies the cat too
-            out.append(Clause(" ".join(text.replace("seehear", "").split()), own, denied))
+            out.append(Clause(" ".join(text.replace("seehear", "").split()), own, denied, carried and mark is None))
+            carried = carried or (mark is not None and mark not in PASSIVE)
             before = ""
         if at:
             start, before = at.end(), f"{before} {at.group()}"
@@ -206,11 +211,14 @@ class LabelsJudge:
         for clause in clauses(caption.answer, caption.modality):
             if clause.denied:
                 readable |= bool(self._named(_DENIAL.sub(" ", clause.text)))
-            found = self._named(clause.text if not clause.denied or _DENIAL.search(clause.text) else f"no {clause.text}")
+            whole = clause.denied and (_DENIED_VERB.search(clause.text) or not _DENIAL.search(clause.text))  # "a dog is not barking" denies the dog
+            found = self._named(f"no {clause.text}" if whole else clause.text)
             readable |= bool(found)
             sounds = bool(found & self._sounds)
             for stems in found:
-                claims.add(clause.sides, self._classes[stems], stems in self._sounds, sounds)
+                # "I see a dog and a cat is meowing": a sound phrase is not about the sight before it
+                sides = frozenset[Side]() if clause.inherited and clause.sides == {"video"} and stems in self._sounds else clause.sides
+                claims.add(sides, self._classes[stems], stems in self._sounds, sounds)
         return claims.reading() if readable else None
 
     def _named(self, clause: str) -> set[tuple[str, ...]]:
@@ -245,7 +253,7 @@ class EmbeddingJudge:
             self.model = AutoModel.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             raise JudgeError(f"{model} cannot be loaded as an embedding model: {str(error).splitlines()[0]}") from None
-        self.name = f"embedding:{Path(model).name}"
+        self.name = f"embedding:{Path(model).name}" + ("" if threshold == THRESHOLD else f"@{threshold:g}")
         self.labels, self.threshold, self.batch = labels, threshold, batch
         self._phrases = [(name, sound) for name in labels for sound in (False, True)]  # the seen phrase, then the heard one
         self._vectors = self.embed([labels[name][sound] for name, sound in self._phrases])
@@ -402,12 +410,12 @@ class LLMJudge:
     def _reply(self, client: OpenAI, messages: list[dict[str, str]]) -> Reply:
         """From the cache, or from the endpoint and then into the cache."""
         request: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        key = request_key(request)
+        key = request_key({"base_url": self.base_url, **request})
         if (reply := self.cache.get(key)) is None:
             try:
                 answer = client.chat.completions.create(**request)
                 choice = answer.choices[0]
-                reply = Reply(choice.message.content or "", choice.finish_reason)
+                reply = Reply(choice.message.content or "", choice.finish_reason or "stop")
             except (AttributeError, TypeError, IndexError, json.JSONDecodeError):
                 raise JudgeError(
                     f"{self.base_url} answered, but not with a chat completion. Is it the address of an OpenAI-compatible API (most end in /v1)?"

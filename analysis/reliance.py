@@ -174,10 +174,27 @@ def reliance_rows(
 
 
 def source_groups(clips: Sequence[Clip]) -> dict[str, str]:
-    """Clip id -> the group it is resampled with in dyads. Clips of different groups share neither a picture nor a recording.
+    """Clip id -> the source that it counts as in dyads; the clips are the first members of all grids, then the second ones. Clips of different
+    groups share neither a picture nor a recording.
 
-    Where that would put both members of some grid into one group, the clip's own pair of sources is its group.
+    Where that would put both members of some grid into one group (`hang_together`), the clip's own pair of sources is its group.
     """
+    groups = _joined(clips)
+    if hang_together(clips):
+        return {clip.id: f"{clip.video_source} + {clip.audio_source}" for clip in clips}
+    return groups
+
+
+def hang_together(clips: Sequence[Clip]) -> bool:
+    """Whether the members of some grid are joined by sources that clips share; then dyads are told apart by pairs of sources, and intervals of
+    reliance are too narrow by what clips with only one source in common have in common.
+    """
+    groups, half = _joined(clips), len(clips) // 2
+    return any(groups[a.id] == groups[b.id] for a, b in zip(clips[:half], clips[half:], strict=True))
+
+
+def _joined(clips: Sequence[Clip]) -> dict[str, str]:
+    """Clip id -> its group when clips that share a picture or a recording are joined."""
     parent: dict[str, str] = {}
 
     def root(node: str) -> str:
@@ -187,8 +204,4 @@ def source_groups(clips: Sequence[Clip]) -> dict[str, str]:
 
     for clip in clips:
         parent[root(f"video {clip.video_source}")] = root(f"audio {clip.audio_source}")
-    groups = {clip.id: root(f"audio {clip.audio_source}") for clip in clips}
-    half = len(clips) // 2
-    if any(groups[a.id] == groups[b.id] for a, b in zip(clips[:half], clips[half:], strict=False)):
-        return {clip.id: f"{clip.video_source} + {clip.audio_source}" for clip in clips}
-    return groups
+    return {clip.id: root(f"audio {clip.audio_source}") for clip in clips}

@@ -305,6 +305,7 @@ def _fidelity_table(ends: list[Named], comparison: Comparison | None) -> dict[st
     for what in ("sound side", "picture side", "makes up"):
         header += [f"{what}, {name}" if len(ends) > 1 else what for name, _ in ends]
         header += ["difference"] if comparison and what != "makes up" else []
+    header += [f"cut adds to the sound side, {name}" if len(ends) > 1 else "cut adds to the sound side" for name, _ in ends]
     for judge, condition, question, cut in keys:
         row = [judge, words(condition, CONDITIONS), words(question, QUESTIONS), cut_words(cut) or "–"]
         found = [_fidelity(f, condition, question, cut, judge) for _, f in ends]
@@ -314,6 +315,7 @@ def _fidelity_table(ends: list[Named], comparison: Comparison | None) -> dict[st
                 key = caption_key(judge, condition, question, cut, measure)
                 change = comparison.find("captions", measure, condition, question, key.item)
                 row.append(effect(change.difference) if change and change.difference else "–")
+        row += [effect(f.audio_change) if f and f.audio_change else "–" for f in found]
         rows.append([*row, counted(next(f.unparsed for f in reversed(found) if f))])
     return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
 

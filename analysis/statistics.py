@@ -128,7 +128,7 @@ class Intervals:
         if not self.usable or clusters < 2:
             return [Estimate(_f(v), None, None, n, clusters) for v in mean]
         mean = np.clip(mean, 0, 1)
-        spread, same = self.spread(influence), (mean == 0) | (mean == 1)
+        spread, same = self.spread(influence), _flat(mean, influence)
         effective = np.where(same, self._effective(n), mean * (1 - mean) / np.where(same, 1, np.maximum(spread.error, 1e-12) ** 2))
         t2 = _t(spread.freedom) ** 2
         center = (mean + t2 / (2 * effective)) / (1 + t2 / effective)

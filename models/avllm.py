@@ -128,11 +128,6 @@ class Prefix:
         """How many clips."""
         return self.kinds.shape[0]
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        """Rows that are not padding, (N,)."""
-        return (self.kinds != Kind.PAD).sum(1)
-
 
 @dataclass
 class Output:
@@ -257,10 +252,6 @@ class AVLLM(ABC):
                         clip = next(c for c, *_ in wanted if sha in (c.video_sha256, c.audio_sha256))
                         raise ModelError(f"{clip.file}: its {kind} left no tokens. The stream is too short for this model; use a longer clip.")
                     self._streams[(kind, sha)] = features
-
-    def forget_media(self) -> None:
-        """Free the cached tower features."""
-        self._streams.clear()
 
     # ---------------------------------------------------------------- prompts
 

@@ -75,6 +75,7 @@ class _Check:
             self.rows(cuts, plain, states)
             self.reuse(cuts, self.logits(self.batch, states))
         self.blocked_media()
+        self.resumed()
         self.blocked_keys()
 
     # ---------------------------------------------------------------- the parts
@@ -159,6 +160,23 @@ class _Check:
             self.same(said, whole[:, step], self.wanted[:, step], f"Decoding under cuts is not the whole pass at token {step + 1}")
             if step + 1 < steps:
                 decoding.feed(self.batch.targets[:, step][torch.as_tensor(decoding.jobs, device=whole.device)])
+        alone = self.decoding(prefix, [0], cuts[:1], self.suffixes[:1])
+        for step in range(steps):
+            said = model.head(model.text_model.norm(alone.states))
+            self.same(said, whole[:1, step], self.wanted[:1, step], f"Decoding one clip alone under a cut is not the whole pass at token {step + 1}")
+            if step + 1 < steps:
+                alone.feed(self.batch.targets[:1, step])
+
+    def resumed(self) -> None:
+        """5 for cuts into media rows that begin above the first layer: resuming the clean prefix is running the prefix under the cut."""
+        if self.layers < 2:
+            return
+        clip, model = self.clips[self.short], self.model
+        cuts: Cuts = [(Cut.at(site, 1, self.layers),) for site in ("video->audio", "audio->video")]
+        whole, clean = model.prefill([clip, clip], cuts), model.prefill([clip, clip], hidden=True)
+        resumed = model.prefill([clip, clip], cuts, clean=clean)
+        wanted = torch.ones(whole.keys[-1].shape[:-1], dtype=torch.bool, device=whole.kinds.device)
+        self.same(resumed.keys[-1], whole.keys[-1], wanted, "A prefix under a media cut that resumes the clean one is not the whole pass")
 
     def blocked_media(self) -> None:
         """2 for cuts between the streams: what the target's rows become does not depend on the source at all."""

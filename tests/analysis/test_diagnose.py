@@ -9,6 +9,7 @@ from analysis.compare import compare
 from analysis.diagnose import DiagnoseSettings, SettingsError, choose, diagnose
 from analysis.findings import Findings
 from data.clips import DataError
+from data.questions import question
 from models import SITES, load_model
 
 SMALL = DiagnoseSettings(
@@ -60,7 +61,7 @@ def test_findings_survive_the_disk(findings, tmp_path):
 
 def test_settings_that_move_scores_are_stated(findings, model):
     settings = findings.settings
-    assert settings["questions"] == {"hear": "What do you hear?", "see": "What do you see?"}
+    assert settings["questions"] == {modality: question(modality) for modality in ("see", "hear", "both")}
     assert settings["system_prompt"] == model.system_prompt and settings["dtype"] == "float32" and settings["seed"] == 0
     assert settings["versions"]["torch"] and settings["processor"]["video_processor"]["size"]
     assert settings["subset"].startswith("6 of 12 factual and 12 of")
@@ -146,3 +147,9 @@ def test_captions_under_cuts_are_those_of_clips_that_did_not_choose_them(finding
     assert chosen_on < set(swept)
     for row in findings.fidelity:
         assert row.unparsed.n == len([c for c in findings.captions if (c.condition, c.modality, c.cut) == (row.condition, row.question, row.cut)])
+        assert (row.audio_change is not None) == (row.cut is not None and row.question != "see")
+        if row.audio_change:
+            plain = {c.clip: c.scores[0].audio for c in findings.captions if (c.condition, c.modality, c.cut) == (row.condition, row.question, None)}
+            mine = [c for c in under if (c.condition, c.modality, c.cut) == (row.condition, row.question, row.cut) and c.scores[0].parsed]
+            changes = [c.scores[0].audio - plain[c.clip] for c in mine if plain[c.clip] is not None]
+            assert row.audio_change.value == pytest.approx(sum(changes) / len(changes)) and row.audio_change.n == len(changes)

@@ -122,3 +122,10 @@ def test_a_stream_that_was_not_given_is_not_followed():
 def test_event_words():
     assert event_words("waves breaking on a shore") == ["waves", "breaking", "shore"]
     assert event_words("a rider on a galloping horse") == ["rider", "galloping", "horse"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["I cannot hear a dog barking.", "The dog is not barking.", "I cant hear a dog barking", "A dog that never barks."]
+)
+def test_what_is_denied_anywhere_before_its_last_word_is_not_named(answer):
+    assert named(answer, HEAR) == set()

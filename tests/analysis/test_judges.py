@@ -89,6 +89,11 @@ def test_score_by_hand():
         ("Video: a cat. Audio: a dog, a bell ringing.", "both", (1 / 2, 1, 1)),
         ("The picture shows a cat, a car and a bus. The sound of a dog.", "both", (1, 1 / 3, 2)),
         ("A cat can be seen, a dog barks.", "both", (1, 1, 0)),
+        ("I see a cat and a dog is barking.", "both", (1, 1, 0)),  # a sound after a sight is a sound
+        ("I see a cat, while a dog is barking.", "see", (None, 1, 0)),
+        ("The video shows a cat, but I hear a dog barking.", "hear", (1, None, 0)),
+        ("I cannot hear a dog barking.", "hear", (0, None, 0)),
+        ("The dog is not barking.", "hear", (0, None, 0)),
     ],
 )
 def test_labels_by_hand(answer, modality, expected):
@@ -193,7 +198,7 @@ def test_embedding_is_the_mean_over_own_tokens(sentence_model):
 def test_embedding_judge_reads_what_equals_a_label(sentence_model):
     """With random weights only equal phrases are surely near; threshold 0.999 leaves just those."""
     judge = EmbeddingJudge(str(sentence_model), LABELS, threshold=0.999)
-    assert judge.name == "embedding:tiny-bert"
+    assert judge.name == "embedding:tiny-bert@0.999"  # a threshold of one's own is part of the name
     cases = [
         ("I hear a dog barking.", "hear", (1, None, 0)),
         ("I hear a cat meowing.", "hear", (0, None, 1)),

@@ -403,3 +403,9 @@ def test_treating_clips_as_independent_would_not_do():
     values = null("sources", clusters, rng, 1000)
     effects = Intervals(range(300), 300).effects(values)
     assert np.mean([e.p < 0.05 for e in effects]) > 0.3
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_rate_whose_values_all_agree_has_width(value):
+    (estimate,) = Intervals([f"s{i // 4}" for i in range(40)], 40).rates(np.full((40, 1), value))
+    assert estimate.high - estimate.low > 0.05 and estimate.low <= value <= estimate.high

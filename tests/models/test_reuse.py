@@ -131,7 +131,7 @@ def test_reuse_equals_whole_masked_passes(zoo, case, alone):
         assert torch.equal(model.extend(prefix, *asked).logits, model.extend(prefix, *asked, [()] * len(jobs)).logits)
 
 
-@settings(max_examples=40, **COMMON)
+@settings(max_examples=200, **COMMON)
 @given(case=cases())
 def test_greedy_equals_whole_masked_passes(zoo, case):
     model, media, media_cuts, which, _, cuts = prepared(zoo, case)
