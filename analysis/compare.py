@@ -140,11 +140,13 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
             for layer, value in enumerate(layers):
                 yield Key("flow", w.condition, None, flow_item(w.target, kind, w.variant, layer), "mass"), value
     for p in findings.probes:
-        for layer, value in enumerate(p.accuracy):
-            yield Key("probe", None, None, probe_item(p.label, p.position, layer), "accuracy"), value
+        for measure, values in (("accuracy", p.accuracy), ("selectivity", p.selectivity)):
+            for layer, value in enumerate(values):
+                yield Key("probe", None, None, probe_item(p.label, p.position, layer), measure), value
     for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
-        for layer, value in enumerate(n.hit):
-            yield Key("lens", None, None, lens_item(n.label, n.k, n.position, layer, n.lens), "hit"), value
+        for measure, values in (("hit", n.hit), ("corrected", n.corrected)):
+            for layer, value in enumerate(values):
+                yield Key("lens", None, None, lens_item(n.label, n.k, n.position, layer, n.lens), measure), value
     if findings.latent:
         yield Key("latent", None, None, "", "latent"), findings.latent.latent
         yield Key("latent", None, None, "", "said"), findings.latent.said

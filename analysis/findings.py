@@ -121,7 +121,7 @@ class Probe:
     shuffled: list[float]  # control: shuffled labels
     audio_removed: list[float] | None  # control: the same model without its audio
     random_weights: list[float] | None  # control: same shapes, random weights
-    selectivity: list[float]  # accuracy - best control
+    selectivity: list[Effect]  # accuracy - best control, clip by clip
     folds: str
 
 
@@ -134,7 +134,7 @@ class Lens:
     k: int
     hit: list[Estimate]
     control: list[float]
-    corrected: list[float]
+    corrected: list[Effect]  # hit - control, clip by clip
     lens: str = "logit"  # logit | tuned
 
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from analysis.events import event_words, named
 from analysis.findings import Latent, Lens, Probe
 from analysis.items import ItemStore, Key, lens_item, probe_item
+from analysis.statistics import corrected
 from analysis.tally import Record, Tally
 from analysis.visits import Subject, Visit
 from data.clips import Clip
@@ -145,8 +146,8 @@ class LensTally(Tally):
             for label in LABELS:
                 hit, control = self._rates(position, label)
                 keys = [Key("lens", None, None, lens_item(label, self.k, position, layer, self.name), "hit") for layer in range(hit.shape[1])]
-                corrected = (hit - control).mean(0).tolist()
-                out.append(Lens(position, label, self.k, group.rates(keys, hit), control.mean(0).tolist(), corrected, self.name))
+                above = group.effects([key._replace(measure="corrected") for key in keys], hit - control)
+                out.append(Lens(position, label, self.k, group.rates(keys, hit), control.mean(0).tolist(), corrected(above), self.name))
         return out
 
     def latent(self, items: ItemStore) -> Latent | None:
@@ -330,28 +331,30 @@ def probe_rows(
     out = []
     for p, position in enumerate(POSITIONS):
         main = right(features, p, targets)
-        removed = right(silent, p, [true["audio"]])[:, :, 0].mean(0) if silent is not None and position != "audio" else None
-        blank = right(random, p, list(true.values())).mean(0) if random is not None else None
+        removed = right(silent, p, [true["audio"]])[:, :, 0] if silent is not None and position != "audio" else None
+        blank = right(random, p, list(true.values())) if random is not None else None
         for i, label in enumerate(LABELS):
             keys = [Key("probe", None, None, probe_item(label, position, layer), "accuracy") for layer in range(main.shape[1])]
             accuracy = group.rates(keys, main[:, :, i])
             first = len(LABELS) + i * SHUFFLES
-            controls = [main[:, :, first : first + SHUFFLES].mean((0, 2))]
+            controls = [main[:, :, first : first + SHUFFLES].mean(2)]  # each (n, L + 1)
             audio_removed = removed if label == "audio" else None
             if audio_removed is not None:
                 controls.append(audio_removed)
             if blank is not None:
-                controls.append(blank[:, i])
-            selectivity = main[:, :, i].mean(0) - np.max(controls, axis=0)
+                controls.append(blank[:, :, i])
+            means = np.array([control.mean(0) for control in controls])
+            best = np.array(controls)[means.argmax(0), :, np.arange(main.shape[1])].T
+            selectivity = group.effects([key._replace(measure="selectivity") for key in keys], main[:, :, i] - best)
             out.append(
                 Probe(
                     position,
                     label,
                     accuracy,
-                    controls[0].tolist(),
-                    None if audio_removed is None else audio_removed.tolist(),
-                    None if blank is None else blank[:, i].tolist(),
-                    selectivity.tolist(),
+                    means[0].tolist(),
+                    None if audio_removed is None else audio_removed.mean(0).tolist(),
+                    None if blank is None else blank[:, :, i].mean(0).tolist(),
+                    corrected(selectivity),
                     f"{note}; {untaught[label]:.1%} of clips are of a class without training clips in their fold and count as wrong",
                 )
             )

@@ -11,7 +11,7 @@ so a little flattering; the plan chooses on other clips than it is reported on.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -159,18 +159,17 @@ def findings_tables(findings: Findings) -> list[Table]:
         table = _table("Linear probes: what can be read from inside", "label of", "read at", "best layer", "accuracy", "best control", "selectivity")
         for p in findings.probes:
             if (layer := _peak(p.selectivity)) is not None:
-                control = p.accuracy[layer].value
-                control = None if control is None else control - p.selectivity[layer]
-                shown = "–" if control is None else f"{100 * control:.1f} %"
-                gained = f"{100 * p.selectivity[layer]:+.1f}".replace("-", "−")
-                table.add_row(words(p.label, STREAMS), words(p.position, POSITIONS), str(layer), percent(p.accuracy[layer]), shown, gained)
+                right, above = p.accuracy[layer], p.selectivity[layer]
+                shown = "–" if right.value is None or above.value is None else f"{100 * (right.value - above.value):.1f} %"
+                gained = percent(above, signed=True)
+                table.add_row(words(p.label, STREAMS), words(p.position, POSITIONS), str(layer), percent(right), shown, gained)
         table.caption = "Layer 0 is the embeddings. Selectivity: points above the best control."
         tables.append(table)
     if findings.lens:
         table = _table("Lenses: true event words among the top k", "lens", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
         for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
             if (layer := _peak(n.corrected)) is not None:
-                gained = f"{100 * n.corrected[layer]:+.1f}".replace("-", "−")
+                gained = percent(n.corrected[layer], signed=True)
                 table.add_row(n.lens, words(n.label, STREAMS), words(n.position, POSITIONS), str(n.k), str(layer), percent(n.hit[layer]), gained)
         if findings.latent:
             shown = (
@@ -284,8 +283,9 @@ _SECTIONS: list[tuple[str, str, Callable[[Estimate], str], tuple[str, ...]]] = [
 ]
 
 
-def _peak(values: list[float]) -> int | None:
-    return max(range(len(values)), key=values.__getitem__) if values else None
+def _peak(values: Sequence[Estimate]) -> int | None:
+    known = [(e.value, layer) for layer, e in enumerate(values) if e.value is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
 def _short(estimate: Estimate) -> str:

@@ -346,7 +346,7 @@ def test_words_in_the_top_five(subject, visits, model):
                     others.append(np.mean([w in top for c, w in enumerate(words) if c != true]))
                 found = rows[position, label]
                 assert found.hit[layer].value == pytest.approx(np.mean(hits)) and found.control[layer] == pytest.approx(np.mean(others))
-                assert found.corrected[layer] == pytest.approx(np.mean(hits) - np.mean(others))
+                assert found.corrected[layer].value == pytest.approx(np.mean(hits) - np.mean(others))
     # The same in words: the sound is read at its own rows from the start; the picture's look there and in the question from layer 0 on, by the relay.
     assert [e.value for e in rows["audio", "audio"].hit] == [1, 1, 1] and [e.value for e in rows["audio", "visual"].hit] == [0, 1, 1]
     assert [e.value for e in rows["question", "visual"].hit] == [0, 1, 1] and [e.value for e in rows["question", "audio"].hit] == [0, 0, 1]
@@ -445,4 +445,4 @@ def test_what_a_linear_probe_can_read(model):
             accuracy = rows[key].accuracy[layer].value
             assert accuracy == 1 if there else accuracy < 0.3
             assert rows[key].shuffled[layer] < 0.3
-    assert max(rows["question", "audio"].audio_removed) < 0.3 and rows["question", "audio"].selectivity[2] > 0.7
+    assert max(rows["question", "audio"].audio_removed) < 0.3 and rows["question", "audio"].selectivity[2].value > 0.7

@@ -23,6 +23,7 @@ from analysis.findings import (
 )
 
 E = Estimate(0.25, 0.1, 0.4, 40, 8)
+ABOVE = [Effect(0.15, 0.1, 0.2, 4, 2, 0.01, 0.02, 1.5) for _ in range(3)]
 D = Effect(0.25, 0.1, 0.4, 40, 8, 0.01, 0.04, 0.5)
 NOTHING = Estimate(None, None, None, 0, 0)
 
@@ -38,10 +39,10 @@ def full():
         reliance=[Reliance("hear", D, D, E, 0.01, None, 0.1)],
         knockout=[CutEffect("video->emitters", 0, 2, "from", "counterfactual", "hear", D, None, E, None)],
         flow=[Flow("emitters", "plain", "factual", {"audio": [E, E], "video": [E, E]})],
-        probes=[Probe("audio", "audio", [E, E, E], [0.1, 0.1, 0.1], None, [0.0, 0.0, 0.0], [0.15, 0.15, 0.15], "5 folds")],
-        lens=[Lens("audio", "audio", 5, [E, E, E], [0.0, 0.0, 0.0], [0.25, 0.25, 0.25])],
+        probes=[Probe("audio", "audio", [E, E, E], [0.1, 0.1, 0.1], None, [0.0, 0.0, 0.0], ABOVE, "5 folds")],
+        lens=[Lens("audio", "audio", 5, [E, E, E], [0.0, 0.0, 0.0], ABOVE)],
         latent=Latent(1, E, E),
-        tuned=Tuned(20, 480, [E, E, E], [E, E, E], [Lens("audio", "audio", 5, [E, E, E], [0.0] * 3, [0.25] * 3, "tuned")], Latent(1, E, E)),
+        tuned=Tuned(20, 480, [E, E, E], [E, E, E], [Lens("audio", "audio", 5, [E, E, E], [0.0] * 3, ABOVE, "tuned")], Latent(1, E, E)),
         shift=[Shift("all", "factual", E, E, E, E)],
         samples=[sample()],
         items=[Items(["c1", "c2"], [["a", "a"], ["b", "c"]], False, {"following|factual|hear||audio": "01"}, {})],
@@ -121,7 +122,7 @@ def test_files_that_are_no_findings(tmp_path):
 
 def test_numbers_that_json_cannot_hold_are_not_written(tmp_path):
     findings = full()
-    findings.probes[0].selectivity[0] = float("nan")
+    findings.probes[0].selectivity[0].value = float("nan")
     with pytest.raises(ValueError):
         findings.save(tmp_path / "f.json")
     assert list(tmp_path.iterdir()) == []

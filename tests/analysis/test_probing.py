@@ -113,9 +113,11 @@ def test_probes_find_a_planted_label_and_controls_do_not():
     rows = {(r.position, r.label): r for r in probe_rows(features_of(clips, planted), silent, silent, k=5, items=ItemStore(), seed=0)}
     found = rows["last_prompt", "audio"]
     assert found.accuracy[1].value > 0.95 and found.accuracy[0].value < 0.35
-    assert found.selectivity[1] > 0.6 and abs(found.selectivity[0]) < 0.15
+    assert found.selectivity[1].value > 0.6 and abs(found.selectivity[0].value) < 0.15
     assert max(found.shuffled) < 0.3 and found.audio_removed is not None and found.random_weights is not None
-    assert found.selectivity[1] == pytest.approx(found.accuracy[1].value - max(found.shuffled[1], found.audio_removed[1], found.random_weights[1]))
+    assert found.selectivity[1].value == pytest.approx(
+        found.accuracy[1].value - max(found.shuffled[1], found.audio_removed[1], found.random_weights[1])
+    )
     assert rows["last_prompt", "visual"].accuracy[1].value < 0.35 and rows["question", "audio"].accuracy[1].value < 0.35
     assert rows["audio", "audio"].audio_removed is None and rows["last_prompt", "visual"].audio_removed is None
     assert found.accuracy[1].n == 200 and "no rendering" in found.folds
@@ -242,7 +244,9 @@ def test_corrected_rate_and_latent_layer_by_hand(subject, clips):
     rows = {(r.position, r.label): r for r in tally.rows(ItemStore())}
     assert len(rows) == 6 and rows["audio", "audio"].k == 5
     assert [e.value for e in rows["audio", "audio"].hit] == [0, 0, 1, 0]
-    assert rows["audio", "audio"].control == pytest.approx([0, 0, 0.2, 0]) and rows["audio", "audio"].corrected == pytest.approx([0, 0, 0.8, 0])
+    assert rows["audio", "audio"].control == pytest.approx([0, 0, 0.2, 0]) and [e.value for e in rows["audio", "audio"].corrected] == pytest.approx(
+        [0, 0, 0.8, 0]
+    )
     latent = tally.latent(ItemStore())
     _, report = halves(tally.clips)
     assert latent.layer == 2 and latent.latent.value == pytest.approx(0.8) and latent.latent.n == len(report)

@@ -11,7 +11,7 @@ import pytest
 
 from analysis.charts import RATES, Series, columns, lines, span, tick_steps
 from analysis.compare import compare
-from analysis.findings import CutEffect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift
+from analysis.findings import CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift
 from analysis.report import headline, headline_figure, write_report
 
 LAYERS = 4
@@ -25,6 +25,7 @@ def e(value, n=600, k=41):
 def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
     curve = [e(0.1 + 0.15 * k) for k in range(LAYERS + 1)]
     flat = [0.05] * (LAYERS + 1)
+    above = [Effect(0.1, 0.05, 0.15, 600, 41, 0.001, 0.004, 0.5)] * (LAYERS + 1)
 
     def follow(condition, question, a, v):
         return Following(condition, question, e(a), e(v), e(0.0), e(1 - a - v), e(0.0), e(v if question == "see" and v else a))
@@ -50,9 +51,9 @@ def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
         + [cut("video->audio", 0, LAYERS, "all", "counterfactual")],
         flow=[Flow(t, v, "counterfactual", {k: [e(0.25)] * LAYERS for k in ("system", "video", "audio", "question")})
               for t in ("emitters", "question") for v in ("plain", "no_sink")],
-        probes=[Probe("last_prompt", "audio", curve, flat, flat, flat, [0.1] * 5, "folds by pair"),
-                Probe("last_prompt", "visual", curve, flat, None, flat, [0.1] * 5, "folds by pair")],
-        lens=[Lens("audio", "audio", 5, curve, flat, flat)],
+        probes=[Probe("last_prompt", "audio", curve, flat, flat, flat, above, "folds by pair"),
+                Probe("last_prompt", "visual", curve, flat, None, flat, above, "folds by pair")],
+        lens=[Lens("audio", "audio", 5, curve, flat, above)],
         latent=Latent(3, e(0.41), e(audio)),
         shift=[Shift("first_event", "counterfactual", e(0.66), e(0.2), e(0.14), e(0.9))],
         samples=samples,
@@ -232,7 +233,7 @@ def test_empty_findings_and_unmeasured_numbers(clips, tmp_path):
         reliance=[Reliance("hear", nothing, nothing, nothing)],
         knockout=[CutEffect("video->emitters", 0, 1, "from", "counterfactual", "hear", nothing, None, nothing, nothing)],
         flow=[Flow("emitters", "plain", "factual", {"audio": [nothing]})],
-        probes=[Probe("audio", "audio", [nothing], [0.0], None, None, [0.0], "none")],
+        probes=[Probe("audio", "audio", [nothing], [0.0], None, None, [Effect(None, None, None, 0, 0)], "none")],
         shift=[Shift("all", "factual", nothing, nothing, nothing, nothing)],
     )  # fmt: skip
     write_report(tmp_path / "r.html", [("before", hollow), ("after", hollow)], clips)

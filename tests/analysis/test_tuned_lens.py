@@ -202,7 +202,7 @@ def test_closer_to_the_output_on_clips_it_has_not_seen(tally, lens, model):
     assert found.clips == len(lens.fitted_on) and found.rows == lens.rows and found.kl_after[0].n == len(tally.clips)
     assert [(r.position, r.label, r.lens) for r in found.lens] == [(p, label, "tuned") for p in LENS_POSITIONS for label in LABELS]
     audio = next(r for r in found.lens if (r.position, r.label) == ("audio", "audio"))
-    assert found.latent.layer == lens.layer and found.latent.latent.value == pytest.approx(audio.corrected[lens.layer])
+    assert found.latent.layer == lens.layer and found.latent.latent.value == pytest.approx(audio.corrected[lens.layer].value)
     assert found.latent.said.value == pytest.approx(np.mean(tally.said))
 
 
