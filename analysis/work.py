@@ -51,7 +51,8 @@ class Work:
         for i in self.mine(n):
             found = self._load(stage, i)
             if found is None:
-                found = measure(i)
+                # In the layout that comes back from the disk and from other processes: numpy sums in the order of memory, which moves last digits.
+                found = {name: {f: _plain(v) for f, v in record.items()} for name, record in measure(i).items()}
                 self._save(stage, i, found)
             made[i] = found
             done(i)
@@ -71,7 +72,7 @@ class Work:
             values[name] = {}
             for field, value in record.items():
                 if isinstance(value, np.ndarray):
-                    arrays[f"{name}\n{field}"] = np.ascontiguousarray(value)
+                    arrays[f"{name}\n{field}"] = value
                 else:
                     values[name][field] = value
         partial = self._file(stage, i).with_suffix(".partial")
@@ -99,6 +100,10 @@ class Work:
         except (OSError, SafetensorError, KeyError, ValueError):
             return None  # damaged: measured again
         return records
+
+
+def _plain(value: Any) -> Any:
+    return np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
 
 
 def weights_hash(model: AVLLM) -> str:
