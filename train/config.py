@@ -31,6 +31,9 @@ from train.files import write_text
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "organism.yaml"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention")  # weights that the plan sets
+EXTRA_TERMS = ("hinge", "dpo", "invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance", "text_retention")
+TERMS = PLANNED_TERMS + EXTRA_TERMS
 CUT_PATTERN = re.compile(r"^(?P<site>(?:video|audio)->[a-z+]+) (?P<start>\d+):(?P<stop>\d+)$")
 
 
@@ -56,8 +59,17 @@ class DataPart:
     """Clip folder (clips.jsonl, grids.jsonl, media, manifest.json). Built from the embedded pictures and recordings where it does not exist."""
     build: DataConfig = field(default_factory=DataConfig)
     """How it is built then. A folder that was built otherwise is refused; a folder of your own making is taken as it is."""
-    train_on: Literal["grids", "factual"] = "grids"
-    """`grids`: all four cells of 2x2 grids (two clips and their two swaps). `factual`: unswapped clips only."""
+    train_on: Literal["grids", "one_swap", "shuffled", "factual"] = "grids"
+    """`grids`: all four cells of 2x2 grids (two clips and their two swaps). `one_swap`: a clip and the one swap that keeps its picture, of two grids.
+    `shuffled`: as many cells, each drawn on its own. `factual`: unswapped clips only."""
+    dose: float = 1.0
+    """Share of the training grids (or of the factual clips) that is used; a smaller dose is part of a larger one."""
+    text: str | None = None
+    """File of plain text, a passage a line, for loss.text_retention."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.dose <= 1:
+            raise ConfigError(f"data.dose is {self.dose}: it is a share of the training clips and has to lie in (0, 1].")
 
 
 @dataclass
@@ -70,8 +82,13 @@ class LoRAPart:
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = 0.0
     """Dropout on the adapter's input."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the adapter over steps; 0 is none. Where there is one, it is what checkpoints hold."""
     layers: tuple[int, ...] | None = None
-    """Decoder layers that get an adapter. None: the plan decides."""
+    """Decoder layers that get an adapter. None: `choose` decides."""
+    choose: Literal["plan", "all", "random", "complement"] = "plan"
+    """`plan`: the layers that the diagnosis points to. The others are controls with as many trained parameters (their ranks are shared out so): all
+    layers, as many drawn at random, those that the plan leaves out."""
     projections: tuple[str, ...] | None = None
     """Linear layers in them, from q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. None: the plan decides."""
 
@@ -80,6 +97,8 @@ class LoRAPart:
             raise ConfigError(f"lora.r is {self.r}: the rank has to be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}: it has to lie in [0, 1).")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"lora.ema is {self.ema}: it has to lie in [0, 1).")
         if unknown := sorted(set(self.projections or ()) - set(PROJECTIONS)):
             raise ConfigError(f"lora.projections has {unknown}: choose from {' '.join(PROJECTIONS)}.")
         if self.layers is not None and not self.layers:
@@ -100,22 +119,51 @@ class LossPart:
     """Knockout self-distillation of hidden states, for each of the two distillation terms that is on. No labels."""
     retention: float | None = None
     """Staying close to the frozen model on see-questions about factual clips. No labels."""
+    abstention: float | None = None
+    """Cross-entropy of "nothing" where the sound is muted or the picture blanked. That a stream was taken away is no label."""
+    hinge: float = 0.0
+    """Margin of the designated answer over the other stream's, in every cell, at least 1 nat a token. Needs labels."""
+    dpo: float = 0.0
+    """Swap preference on conflicts: the designated answer is preferred to the other stream's. Needs labels."""
+    invariance: float = 0.0
+    """An answer stays what it is when the stream not asked about is swapped. Needs grids, no labels."""
+    sensitivity: float = 0.0
+    """An answer changes, by a bounded amount, when the stream asked about is swapped. Needs grids, no labels."""
+    base_divergence: float = 0.0
+    """On audio words the answer with sound is likelier than without. Needs labels."""
+    latent_readout: float = 0.0
+    """The label is readable by the logit lens at question rows in the plan's fusion window. Needs labels."""
+    attention_balance: float = 0.0
+    """Audio's share of the emitters' attention to media on hear-questions is at least a half in the plan's fusion window. No labels."""
+    text_retention: float = 0.0
+    """Staying close to the frozen model on plain text (data.text). No labels."""
     teacher_cut: str | None = None
     """Cut that makes the teacher for hear-questions, as `site start:stop`, e.g. "video->emitters 4:8". None: the plan decides."""
     mirror_cut: str | None = None
     """Cut that makes the teacher for see-questions, e.g. "audio->emitters 2:8". None: the plan decides."""
+    teacher: Literal["cut", "removed"] = "cut"
+    """What the self-distillation's teacher does not have: the paths that the plan cuts, or the other stream as a whole."""
+    teacher_weights: Literal["adapter_off", "ema"] = "adapter_off"
+    """Whose weights the teacher has: the model's before training, or the moving average (lora.ema)."""
+    gate: float = 0.0
+    """Teacher answers are learnt only where the teacher gave their tokens at least this probability (geometric mean). 0: all."""
+    modality_dropout: float = 0.0
+    """Chance that a training clip loses one of its streams, sound or picture alike. A baseline."""
     require_bias: bool = True
     """Refuse to train where the findings show nothing to mend."""
     max_answer_tokens: int = 24
     """Longest answer a teacher may give."""
 
     def __post_init__(self) -> None:
-        for name in ("counterfactual_ce", "distillation", "mirror", "states", "retention"):
+        for name in TERMS:
             weight = getattr(self, name)
             if weight is not None and not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(f"loss.{name} is {weight}: a weight is a finite number of at least 0, or left out and the plan decides.")
-        if self.counterfactual_ce == 0 and self.distillation == 0 and self.mirror == 0:
-            raise ConfigError("loss: counterfactual_ce, distillation and mirror are all 0, so nothing would be learnt. Switch at least one on.")
+        if self.counterfactual_ce == 0 and self.distillation == 0 and self.mirror == 0 and not any(getattr(self, name) for name in EXTRA_TERMS):
+            raise ConfigError("loss: every term that teaches is 0, so nothing would be learnt. Switch at least one on.")
+        for name in ("gate", "modality_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"loss.{name} is {getattr(self, name)}: it is a probability below 1.")
         for name in ("teacher_cut", "mirror_cut"):
             text = getattr(self, name)
             if text is not None and not CUT_PATTERN.match(text):
@@ -134,6 +182,8 @@ class SchedulePart:
 
     steps: int | None = None
     """Optimiser steps. None: the plan decides."""
+    patience: int | None = None
+    """Stop after this many checkpoints in a row none of which is the best one. None: the plan decides. -1: never."""
     grids: int = 4
     """Grids in one optimiser step, over all processes and accumulation together. A grid is 4 clips with a see- and a hear-question each."""
     accumulate: int = 1
@@ -159,6 +209,8 @@ class SchedulePart:
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}: it has to be at least 1.")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"schedule.steps is {self.steps}: at least 1, or left out and the plan decides.")
+        if self.patience is not None and (self.patience == 0 or self.patience < -1):
+            raise ConfigError(f"schedule.patience is {self.patience}: a number of checkpoints, or -1 to never stop early.")
         if not self.lr > 0:
             raise ConfigError(f"schedule.lr is {self.lr}: it has to be above 0. (In YAML write 1.0e-3 or 0.001.)")
         if not 0 <= self.warmup < 1:
@@ -200,6 +252,8 @@ class RunPart:
     """Everything the run writes. A run that was stopped goes on where it was when started again with the same settings."""
     seed: int = 0
     """Seed of everything random in training."""
+    diagnoses: str | None = None
+    """Folder of diagnoses of the untrained model that several runs share (ablations do), so that each is measured once. None: the run's own."""
     overwrite: bool = False
     """Delete what is in the folder and start anew."""
     threads: int | None = None
@@ -228,12 +282,25 @@ class Config:
     diagnosis: DiagnosisPart = field(default_factory=DiagnosisPart)
     run: RunPart = field(default_factory=RunPart)
 
+    def __post_init__(self) -> None:
+        if self.loss.teacher_weights == "ema" and not self.lora.ema:
+            raise ConfigError("loss.teacher_weights is ema, but lora.ema is 0: set a decay, for instance 0.99.")
+        if self.loss.text_retention and self.data.text is None:
+            raise ConfigError("loss.text_retention needs plain text: name a file with data.text.")
+        if self.loss.attention_balance and self.schedule.gradient_checkpointing:
+            raise ConfigError("loss.attention_balance reads attention during the forward pass: switch schedule.gradient_checkpointing off.")
+        if self.data.train_on != "grids" and (self.loss.invariance or self.loss.sensitivity):
+            raise ConfigError(
+                f"loss.invariance and loss.sensitivity compare cells of a grid: data.train_on has to be grids, not {self.data.train_on}."
+            )
+
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that `--config` reads again."""
         write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
 
 
-FREE_TO_DIFFER = ("run.overwrite", "run.threads", "run.tracker", "run.keep")  # and the batch sizes of diagnosis, which do not move results
+# Besides these the batch sizes of diagnosis, which do not move results.
+FREE_TO_DIFFER = ("run.diagnoses", "run.overwrite", "run.threads", "run.tracker", "run.keep")
 
 
 def load_yaml(path: str | os.PathLike) -> Config:
