@@ -1,9 +1,10 @@
 """What is asked about a clip and how it is answered.
 
 A question *designates* a modality: see, hear or both. The first wording of each is the canonical one: diagnosis asks only that,
-training may use all (`question("hear", seed=3)`). Answers say the label phrase in a fixed template:
+training may use all (`question("hear", seed=3)`). Answers say the label phrase in a fixed template; "" is a stream with nothing in it:
 
     answer("hear", "a dog", "a cat meowing")    # ("I hear a cat meowing.", "a cat meowing")
+    answer("hear", "a dog", "")                 # ("I hear nothing.", "nothing")
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, get_args
 
 Modality = Literal["see", "hear", "both"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+NOTHING = "nothing"  # what is seen where the picture is blank, what is heard where the sound is muted
 
 QUESTIONS: dict[Modality, tuple[str, ...]] = {
     "see": (
@@ -46,7 +48,11 @@ def question(modality: Modality, seed: int | None = None) -> str:
 
 
 def answer(modality: Modality, seen: str, heard: str) -> tuple[str, str]:
-    """(the whole answer, the part of it that is the label). For `both` that part runs from the seen phrase to the heard one."""
+    """(the whole answer, the part of it that is the label). For `both` that part runs from the seen phrase to the heard one.
+
+    `seen`, `heard` are the clip's phrases; "" (the picture of a blanked clip, the sound of a muted one) is answered with "nothing".
+    """
+    seen, heard = seen or NOTHING, heard or NOTHING
     if modality == "see":
         return f"I see {seen}.", seen
     if modality == "hear":

@@ -11,6 +11,14 @@ def test_answers() -> None:
     assert answer("both", "a dog", "a cat meowing") == ("I see a dog and I hear a cat meowing.", "a dog and I hear a cat meowing")
 
 
+def test_answers_about_a_stream_with_nothing() -> None:
+    assert answer("hear", "a dog", "") == ("I hear nothing.", "nothing")
+    assert answer("see", "", "a dog barking") == ("I see nothing.", "nothing")
+    assert answer("both", "a dog", "") == ("I see a dog and I hear nothing.", "a dog and I hear nothing")
+    assert answer("both", "", "a dog barking") == ("I see nothing and I hear a dog barking.", "nothing and I hear a dog barking")
+    assert answer("see", "a dog", "") == ("I see a dog.", "a dog")
+
+
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_wordings(modality: str) -> None:
     wordings = QUESTIONS[modality]  # type: ignore[index]
