@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.findings import CutEffect, Estimate, Findings
+from models import spread_ranks
 from models.attention import Cut
-from train.config import CUT_PATTERN, Config
+from train.config import CUT_PATTERN, EXTRA_TERMS, PLANNED_TERMS, Config
 from train.files import write_json
 
 MOST_COST = 0.10  # a teacher cut may cost this share of right answers on factual clips
@@ -34,6 +36,9 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
 STATES_WEIGHT = 10.0
+CARRIED = 0.8  # LoRA goes to the layers that together carry this share of what cutting the picture from all layers does
+NOTHING_ENOUGH = 0.97  # abstention that is as good as whole
+PATIENCE = 2
 GRIDS_PER_GAP = 1400  # grids for a gap of 100 points
 LEAST_GRIDS = 200
 
@@ -56,22 +61,28 @@ class Plan:
     """What training will do. Cuts are written `site start:stop` (layers [start, stop)); windows are [start, stop)."""
 
     fusion_window: Choice
+    causal_layers: Choice
     teacher_cut: Choice
     mirror_cut: Choice
     lora_layers: Choice
+    lora_ranks: Choice
     lora_projections: Choice
     counterfactual_ce: Choice
     distillation: Choice
     mirror: Choice
     states: Choice
     retention: Choice
+    abstention: Choice
+    extras: Choice
     class_weights: Choice
+    conditions: Choice
     steps: Choice
+    stop: Choice
     lora_targets: list[str] = dataclasses.field(default_factory=list)  # modules that the layers and projections come to, in this model
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss term that is on."""
-        terms = {name: getattr(self, name).value for name in ("counterfactual_ce", "distillation", "mirror", "states", "retention")}
+        terms = {name: getattr(self, name).value for name in PLANNED_TERMS} | self.extras.value
         if not terms["distillation"] and not terms["mirror"]:
             terms["states"] = 0.0  # nobody to learn them from
         return {name: weight for name, weight in terms.items() if weight > 0}
@@ -126,7 +137,8 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         )
 
     fusion = _fusion_window(findings, teacher)
-    layers = _lora_layers(fusion, teacher, mirror, n_layers, config.lora.layers)
+    causal = _causal_layers(findings, fusion, teacher, n_layers)
+    layers, ranks = _lora_layers(causal, n_layers, config)
     projections = _lora_projections(findings, teacher, config.lora.projections)
     total_gap = gap_hear + gap_see
     gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
@@ -150,17 +162,28 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
     return Plan(
         fusion_window=fusion,
+        causal_layers=causal,
         teacher_cut=teacher,
         mirror_cut=mirror,
         lora_layers=layers,
+        lora_ranks=ranks,
         lora_projections=projections,
         counterfactual_ce=_overridable(ce, loss.counterfactual_ce),
         distillation=_overridable(distillation, loss.distillation),
         mirror=_overridable(mirrored, loss.mirror),
         states=_overridable(states, loss.states),
         retention=_overridable(kept, loss.retention),
+        abstention=_overridable(_abstention(findings), loss.abstention),
+        extras=_extras(config),
         class_weights=_class_weights(findings, config),
+        conditions=_conditions(config, ce),
         steps=_overridable(steps, config.schedule.steps),
+        stop=_overridable(
+            Choice(
+                PATIENCE, f"The run ends early when {PATIENCE} checkpoints in a row bring nothing better, by their diagnosis on the selection split."
+            ),
+            config.schedule.patience,
+        ),
     )
 
 
@@ -176,6 +199,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
         value = choice.value
         if item.name == "class_weights" and value:
             value = f"{min(value.values())} to {max(value.values())} over {len(value)} classes"
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
         text = " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
         table.add_row(item.name.replace("_", " "), text, choice.because)
     (console or Console()).print(table)
@@ -274,21 +299,91 @@ def _fusion_window(findings: Findings, teacher: Choice) -> Choice:
     return Choice([cut.start, cut.stop], f"{why}, so the layers of the teacher cut stand in.")
 
 
-def _lora_layers(fusion: Choice, teacher: Choice, mirror: Choice, n_layers: int, override: tuple[int, ...] | None) -> Choice:
-    """From the first to the last layer that the fusion window or one of the cuts names."""
-    named = {"fusion window": fusion.value}
-    for name, choice in (("teacher cut", teacher), ("mirror cut", mirror)):
-        named[name] = [parse_cut(choice.value).start, parse_cut(choice.value).stop] if choice.value else None
-    spans = {name: span for name, span in named.items() if span}
-    if spans:
-        start, stop = min(s[0] for s in spans.values()), max(s[1] for s in spans.values())
-        told = ", ".join(f"{name} {span[0]}:{span[1]}" for name, span in spans.items())
-        found = Choice(list(range(start, stop)), f"Where the streams meet the answer: {told}, of {n_layers} layers.")
-    else:
-        found = Choice(list(range(n_layers)), "No layers stand out in the findings, so all.")
-    if override is not None and (wrong := [layer for layer in override if not 0 <= layer < n_layers]):
-        raise PlanError(f"lora.layers names {wrong}, but the model has layers 0 to {n_layers - 1}.")
-    return _overridable(found, sorted(set(override)) if override is not None else None)
+def _causal_layers(findings: Findings, fusion: Choice, teacher: Choice, n_layers: int) -> Choice:
+    """The fewest layers that carry most of the effect of cutting video -> question+emitters, on hear-questions about conflicts.
+
+    What layer k carries is the drop of the curve "cut from layer k on" from k to k + 1: that of the paths that are closed in k and stay open above.
+    """
+    site = ("video->question+emitters", "counterfactual", "hear")
+    curve = {e.start: e.delta_logprob.value for e in findings.knockout if (e.site, e.condition, e.question) == site and e.stop == n_layers}
+    effects = [curve.get(k) for k in range(n_layers)] + [0.0]
+    if all(value is not None for value in effects) and (effects[0] or 0.0) > 0:
+        carried = {k: (effects[k] or 0.0) - (effects[k + 1] or 0.0) for k in range(n_layers)}
+        chosen: list[int] = []
+        for k in sorted(carried, key=lambda k: (-carried[k], k)):
+            if carried[k] <= 0 or sum(carried[c] for c in chosen) >= CARRIED * (effects[0] or 0.0):
+                break
+            chosen.append(k)
+        share = sum(carried[c] for c in chosen) / (effects[0] or 1.0)
+        return Choice(
+            sorted(chosen),
+            f"Cutting video from question and emitters in all layers raises log p of the true sound by {effects[0]:.2f} nats a token; by the curve "
+            f'"from layer k on" these {len(chosen)} of {n_layers} layers carry {_percent(share)} of it.',
+        )
+    window = fusion.value or ([parse_cut(teacher.value).start, parse_cut(teacher.value).stop] if teacher.value else [0, n_layers])
+    return Choice(list(range(*window)), 'The curve "from layer k on" was not measured or does not rise, so the fusion window stands in.')
+
+
+def _lora_layers(causal: Choice, n_layers: int, config: Config) -> tuple[Choice, Choice]:
+    """Which layers get an adapter, and the rank in each."""
+    lora = config.lora
+    if lora.layers is not None:
+        if wrong := [layer for layer in lora.layers if not 0 <= layer < n_layers]:
+            raise PlanError(f"lora.layers names {wrong}, but the model has layers 0 to {n_layers - 1}.")
+        layers = sorted(set(lora.layers))
+        because = f"Set in the configuration. From the findings: {causal.value}."
+        return Choice(layers, because, overridden=True), Choice([lora.r] * len(layers), "lora.r in each.")
+    planned = causal.value
+    if lora.choose == "plan":
+        because = f"The layers that carry the picture into the answer. {causal.because}"
+        return Choice(planned, because), Choice([lora.r] * len(planned), "lora.r in each.")
+    layers = list(range(n_layers))
+    if lora.choose == "complement":
+        layers = [layer for layer in layers if layer not in planned]
+    if lora.choose == "random":
+        layers = sorted(random.Random(config.run.seed).sample(layers, len(planned)))
+    units = lora.r * len(planned)
+    if not layers or units < len(layers):
+        raise PlanError(
+            f"lora.choose is {lora.choose}, but {units} ranks (lora.r in each of {len(planned)} planned layers of {n_layers}) cannot be shared "
+            f"out to {len(layers)} layers. Choose another control, or a larger lora.r."
+        )
+    ranks = list(spread_ranks(layers, len(planned), lora.r).values())
+    told = f"A control (lora.choose {lora.choose}); the plan would take {planned}."
+    return Choice(layers, told, overridden=True), Choice(ranks, f"As many trained parameters as with rank {lora.r} in {len(planned)} layers.")
+
+
+def _abstention(findings: Findings) -> Choice:
+    """How much it has to learn to say that there is nothing."""
+    rates = {}
+    for condition, question in (("muted", "hear"), ("near_silent", "hear"), ("blanked", "see"), ("near_black", "see")):
+        row = findings.following_rate(condition, question)
+        if row is not None and row.correct.value is not None:
+            rates[condition] = row.correct.value
+    if not rates:
+        return Choice(1.0, "Whether it says so when nothing is heard or seen was not measured (no muted or blanked clips), so it is trained.")
+    told = ", ".join(f"{_percent(rate)} of {condition.replace('_', '-')} ones" for condition, rate in rates.items())
+    return Choice(1.0 if min(rates.values()) < NOTHING_ENOUGH else 0.2, f"That nothing is heard or seen is said about {told}.")
+
+
+def _extras(config: Config) -> Choice:
+    """The terms that only a configuration switches on."""
+    on = {name: getattr(config.loss, name) for name in EXTRA_TERMS if getattr(config.loss, name)}
+    return Choice(
+        on, "Switched on in the configuration." if on else "Off: the default recipe is small; ablations switch them on.", overridden=bool(on)
+    )
+
+
+def _conditions(config: Config, ce: Choice) -> Choice:
+    """Of a group's four clips, how many are also asked about both streams at once; how many clips beside them have one stream taken away."""
+    labelled = (ce.value if config.loss.counterfactual_ce is None else config.loss.counterfactual_ce) > 0
+    both = 4 if labelled else 0
+    bare = 0 if config.loss.abstention == 0 else 1
+    return Choice(
+        {"both": both, "bare": bare},
+        ("Answers about both streams at once have to be trained, or streams get swapped in them. " if both else "No labels, so no both-questions. ")
+        + ("One clip beside each four is muted, blanked or lacks a stream." if bare else "No abstention."),
+    )
 
 
 def _lora_projections(findings: Findings, teacher: Choice, override: tuple[str, ...] | None) -> Choice:
