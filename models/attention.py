@@ -122,17 +122,45 @@ class FlowTap:
 
 
 @dataclass
+class MassTap:
+    """Attention mass of each example's emitters by kind of key, with gradients, filled during a forward pass without a cache.
+
+    `mass[layer]`: (N, kinds), the mean over heads and emitters of the softmax weights, summed over the keys of a kind; sums to 1.
+    layers: where. rows: (N, A) emitters as indices into the flattened (batch, rows); padding repeats the first one of the example.
+    """
+
+    layers: frozenset[int]
+    rows: torch.Tensor
+    mass: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def record(self, layer: int, kinds: torch.Tensor, query, key, mask, scaling: float) -> None:
+        """Weights of these rows only: (N, heads, A, keys). query: (batch, heads, rows, size); mask: (batch, 1, rows, keys), True where seen."""
+        (_, heads, length, size), key_heads = query.shape, key.shape[1]
+        sequence, row = self.rows // length, self.rows % length
+        n, a = row.shape
+        asked = query[sequence, :, row].transpose(1, 2).reshape(n, key_heads, heads // key_heads * a, size)
+        own = sequence[:, 0]
+        scores = (asked @ key[own].transpose(2, 3) * scaling).float().view(n, heads, a, length)
+        weights = torch.softmax(scores.masked_fill(~mask[sequence, 0, row][:, None], float("-inf")), dim=-1).mean(1)
+        by_kind = weights @ torch.nn.functional.one_hot(kinds[own], len(Kind)).float()  # (N, A, kinds)
+        real = (row != row[:, :1]).float()
+        real[:, 0] = 1.0
+        self.mass[layer] = (by_kind * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+@dataclass
 class Instruments:
     """What one forward pass cuts and records.
 
     kinds: (batch, keys) kind of every key position, cached ones included; the last `rows` of it are the rows of this pass.
-    cuts: one tuple of cuts a batch row, or empty. flow: a tap to fill, or None.
+    cuts: one tuple of cuts a batch row, or empty. flow, mass: taps to fill, or None.
     segments: (batch, keys) 0 for the shared media prefix, 1, 2, … for the questions asked on top of it, which do not see each other; or None.
     """
 
     kinds: torch.Tensor
     cuts: Cuts = ()
     flow: FlowTap | None = None
+    mass: MassTap | None = None
     segments: torch.Tensor | None = None
     _blocked: dict[bytes, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -277,8 +305,10 @@ def instrumented_attention(
         blocked = instruments.blocked(module.layer_idx, rows, keys)
         if blocked is not None:
             attention_mask = attention_mask & ~blocked
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if instruments.mass is not None and module.layer_idx in instruments.mass.layers:
+            instruments.mass.record(module.layer_idx, instruments.kinds, query, key, attention_mask, scale)
         if instruments.flow is not None:
-            scale = scaling if scaling is not None else query.shape[-1] ** -0.5
             instruments.flow.record(module.layer_idx, instruments.kinds, query, key, value, attention_mask, scale, blocked)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

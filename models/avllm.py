@@ -14,11 +14,11 @@ A family file supplies the five hooks at the end of the class. Everything is pad
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from data.clips import Clip
 from data.media import read_audio, read_video
 from data.questions import question
-from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
+from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind, MassTap
 from models.reuse import Decoding, Reuse, block_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -91,6 +91,7 @@ class Example:
 class Batch:
     """Padded sequences of N examples. `inputs` goes to `decoder(**inputs)`; targets: (N, A), -100 padded; span: (N, A); kinds: (B, T).
 
+    asked: (N, Q) indices into the flattened (B, T) of each example's own question rows before its first emitter, -1 padded.
     Examples about the same clip share one of the B <= N sequences: [media][question 1, answer 1][question 2, answer 2]…
     """
 
@@ -98,6 +99,7 @@ class Batch:
     targets: torch.Tensor
     span: torch.Tensor
     kinds: torch.Tensor
+    asked: torch.Tensor
     media: tuple[Media, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
@@ -108,6 +110,7 @@ class Batch:
             targets=self.targets.to(device),
             span=self.span.to(device),
             kinds=self.kinds.to(device),
+            asked=self.asked.to(device),
         )
 
 
@@ -155,6 +158,14 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return picked.masked_fill(targets == -100, 0.0)
 
 
+class Decoded(NamedTuple):
+    """What `Decoder.forward` returns; see there."""
+
+    logits: torch.Tensor
+    states: torch.Tensor | None
+    mass: torch.Tensor | None
+
+
 class Decoder(nn.Module):
     """Language model and head as one module: what accelerate wraps, so that DDP and DeepSpeed see every trained parameter go through its forward."""
 
@@ -167,25 +178,42 @@ class Decoder(nn.Module):
         self.head = head
 
     def forward(
-        self, input_ids, features, media_mask, position_ids, attention_mask, kinds, segments, rows, cuts: Cuts = (), states: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self,
+        input_ids,
+        features,
+        media_mask,
+        position_ids,
+        attention_mask,
+        kinds,
+        segments,
+        rows,
+        cuts: Cuts = (),
+        states: torch.Tensor | None = None,
+        mass: Sequence[int] = (),
+    ) -> Decoded:
         """Logits (N, A, V) at `rows` (N, A), indices into the flattened (B, T). features: (media rows in batch order, H), at media_mask.
 
-        position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence. `states`: also what each layer puts out there, (L, N, A, H),
-        the last one before the final norm.
+        position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence. None where nothing was asked for:
+        states: indices (N, S) at which the output of every layer is wanted, (L, N, S, H), the last one before the final norm. An index of -1 gives
+        some row, so that `Batch.asked` can be given as it is.
+        mass: layers in which the attention of an example's emitters is wanted, (len(mass), N, kinds), with gradients; see MassTap.
         """
         embeds = self.text_model.embed_tokens(input_ids)
         embeds = embeds.masked_scatter(media_mask[..., None], features.to(embeds.dtype))
+        tap = MassTap(frozenset(mass), rows) if len(mass) else None
         out = self.text_model(
             inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            output_hidden_states=states,
-            instruments=Instruments(kinds, cuts, segments=segments),
+            output_hidden_states=states is not None,
+            instruments=Instruments(kinds, cuts, mass=tap, segments=segments),
         )
-        logits = self.head(out.last_hidden_state.flatten(0, 1)[rows])
-        return (logits, torch.stack([h.flatten(0, 1)[rows] for h in out.hidden_states[1:]])) if states else logits
+        return Decoded(
+            self.head(out.last_hidden_state.flatten(0, 1)[rows]),
+            torch.stack([h.flatten(0, 1)[states] for h in out.hidden_states[1:]]) if states is not None else None,
+            torch.stack([tap.mass[layer] for layer in mass]) if tap else None,
+        )
 
 
 class AVLLM(ABC):
@@ -332,6 +360,7 @@ class AVLLM(ABC):
             positions.append(torch.cat([layout.positions, *(_text_positions(after, len(s.ids)) for s in parts)], 1).T)
             segments.append(torch.cat([torch.zeros_like(layout.ids), *(torch.full_like(s.ids, n + 1) for n, s in enumerate(parts))]))
         padded, padded_kinds = _pad(ids, self.pad_id), _pad(kinds, Kind.PAD)
+        own = [torch.nonzero(e.suffix.kinds[: e.suffix.first] == Kind.QUESTION)[:, 0] for e in examples]
         targets = _pad([e.suffix.targets for e in examples], -100)
         start = torch.tensor([sequence * padded.shape[1] + row for sequence, row in first])
         rows = torch.where(targets == -100, start[:, None], start[:, None] + torch.arange(targets.shape[1]))
@@ -345,12 +374,14 @@ class AVLLM(ABC):
             "segments": _pad(segments, 0),
             "rows": rows,
         }
-        return Batch(inputs, targets, _pad([e.suffix.span for e in examples], False), padded_kinds, tuple(e.media for e in examples)).to(self.device)
+        asked = _pad([at - e.suffix.first + begin for at, e, begin in zip(own, examples, start, strict=True)], -1)
+        span = _pad([e.suffix.span for e in examples], False)
+        return Batch(inputs, targets, span, padded_kinds, asked, tuple(e.media for e in examples)).to(self.device)
 
     def forward(self, batch: Batch, cuts: Cuts = ()) -> torch.Tensor:
-        """Logits (N, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts)`; `cuts` holds one tuple a sequence."""
+        """Logits (N, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts).logits`; `cuts` holds one tuple a sequence."""
         self._require_check(batch.media, cuts)
-        return self.decoder(**batch.inputs, cuts=cuts)
+        return self.decoder(**batch.inputs, cuts=cuts).logits
 
     # ---------------------------------------------------------------- two-phase inference
 
@@ -620,11 +651,27 @@ class AVLLM(ABC):
         ]
         return [ids[id(m)] for m in modules]
 
-    def add_lora(self, targets: Sequence[str], r: int, alpha: int, dropout: float = 0.0) -> None:
-        """Attach a fresh LoRA adapter to exactly these modules; everything else is frozen."""
+    def add_lora(self, targets: Sequence[str], r: int, alpha: int, dropout: float = 0.0, ranks: Mapping[str, int] | None = None) -> None:
+        """Attach a fresh LoRA adapter to exactly these modules; everything else is frozen. The update is multiplied by alpha / r.
+
+        ranks: rank of a module, `r` where it is not named; its update is multiplied by alpha / r all the same. See `spread_ranks`.
+        Raises ModelError for ranks of modules that are not among the targets.
+        """
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", base_model_name_or_path=self.path)
+        ranks = dict(ranks or {})
+        if odd := sorted(set(ranks) - set(targets)) or sorted(name for name, rank in ranks.items() if rank < 1):
+            raise ModelError(f"Ranks are given for {odd[:3]}: each has to be one of the modules that get an adapter, with a rank of at least 1.")
+        config = LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            rank_pattern=ranks,
+            alpha_pattern={name: alpha * rank / r for name, rank in ranks.items()},
+            bias="none",
+            base_model_name_or_path=self.path,
+        )
         self.thinker = get_peft_model(self.thinker, config)
 
     def adapter_off(self):
@@ -671,6 +718,19 @@ class AVLLM(ABC):
     @abstractmethod
     def question_text(self, question: str) -> str:
         """The prompt's text after the media, up to where the answer starts."""
+
+
+def spread_ranks(layers: Sequence[int], like: int, r: int) -> dict[int, int]:
+    """Rank of each of `layers`, so that they have as many trained parameters as `like` layers of rank `r`: ranks differ by at most 1, the larger ones
+    spread over the depth. A layer whose share is 0 is left out.
+
+        ranks = spread_ranks(range(model.n_layers), like=3, r=8)                    # all layers instead of three
+        names = {name: rank for layer, rank in ranks.items() for name in model.lora_targets([layer], projections)}
+        model.add_lora(list(names), r, alpha, ranks=names)
+    """
+    chosen, units = sorted(set(layers)), like * r
+    ranks = {layer: (i + 1) * units // len(chosen) - i * units // len(chosen) for i, layer in enumerate(chosen)}
+    return {layer: rank for layer, rank in ranks.items() if rank}
 
 
 def _pad(rows: Sequence[torch.Tensor], value) -> torch.Tensor:

@@ -5,7 +5,7 @@ each: the four cells of a grid, or four factual clips. Processes and accumulatio
 
     groups = sample_step(clips, config, plan, step)
     micro = make_micro(model, share(groups, rank, world, part, parts), clips.root, plan, answers, max_new_tokens=24)
-    terms = loss_terms(logits, micro, states)                # of decoder(**micro.batch.inputs, states=True)
+    terms = loss_terms(out.logits, micro, out.states)        # of out = decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"])
 
 A sequence that several terms ask for (the teacher's own answer is often the true one) goes through the student once.
 """
