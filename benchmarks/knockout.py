@@ -54,14 +54,17 @@ ANSWER, FRAME = 24, 168
 # ---------------------------------------------------------------- the model and its inputs
 
 
-def random_model(device: str, dtype: torch.dtype, seed: int = 0, **sizes: int) -> Qwen25Omni:
-    """Random weights, large enough that attention is far from uniform and cuts matter."""
+def random_model(device: str, dtype: torch.dtype, seed: int = 0, change: Callable[[Any], None] | None = None, **sizes: int) -> Qwen25Omni:
+    """Random weights, large enough that attention is far from uniform and cuts matter. change: what else to set in the configuration."""
     tokenizer = build_tokenizer(corpus())
     processor = build_processor(tokenizer)
     processor.video_processor.size = {"shortest_edge": FRAME * FRAME, "longest_edge": FRAME * FRAME}
+    config = tiny_config(tokenizer, **sizes)
+    if change is not None:
+        change(config)
     torch.manual_seed(seed)
     with torch.device(device):
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(tiny_config(tokenizer, **sizes), dtype=dtype)
+        thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in thinker.model.language_model.named_parameters():

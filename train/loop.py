@@ -195,9 +195,8 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
             micro = make_micro(model, asks, clips.root, plan, answers, config.loss.max_answer_tokens)
             decoder.train()
             with accelerator.accumulate(decoder):
-                out = decoder(**micro.batch.inputs, states="states" in weights)
-                logits, states = out if "states" in weights else (out, None)
-                terms = loss_terms(logits.float(), micro, states)
+                out = decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"] if "states" in weights else None)
+                terms = loss_terms(out.logits.float(), micro, out.states)
                 accelerator.backward(total(terms, weights))
                 norm = accelerator.clip_grad_norm_(parameters, schedule.clip) if accelerator.sync_gradients else None
                 if accelerator.sync_gradients and norm is not None and not math.isfinite(norm):

@@ -79,7 +79,7 @@ def test_shares_are_the_whole_in_order(clips, plan):
 
 
 def terms_of(model, micro: Micro):
-    logits, states = model.decoder(**micro.batch.inputs, states=True)
+    logits, states, _ = model.decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"])
     return loss_terms(logits, micro, states)
 
 
@@ -149,7 +149,7 @@ def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config
     plan.teacher_cut, plan.mirror_cut = Choice("video->question+emitters 1:3", ""), Choice("audio->emitters 0:2", "")
     asks, answers = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2), {}
     micro = make_micro(model, asks, clips.root, plan, answers, 6)
-    logits, states = model.decoder(**micro.batch.inputs, states=True)
+    logits, states, _ = model.decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"])
     torch.testing.assert_close(logits, model.forward(micro.batch))
     wanted = torch.zeros(())
     for term, modality, choice in (("distillation", "hear", plan.teacher_cut), ("mirror", "see", plan.mirror_cut)):
@@ -161,7 +161,7 @@ def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config
             batch = model.batch([dataclasses.replace(model.sequence(model.media(ask.clip, clips.root), ask.question, ""), suffix=suffix)])
             batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
             with torch.no_grad(), model.adapter_off():
-                said = model.decoder(**batch.inputs, cuts=[(cut,)], states=True)[1][cut.start :, 0]
+                said = model.decoder(**batch.inputs, cuts=[(cut,)], states=batch.inputs["rows"]).states[cut.start :, 0]
             length = said.shape[1]
             torch.testing.assert_close(micro.states[term][:, n, :length], said, atol=1e-5, rtol=1e-5)
             mine = states[cut.start :, micro.rows[term][n], :length]
