@@ -247,7 +247,7 @@ class CutAnswers(Tally):
                     answers[cut] = self.subject.greedy(visit.under(cut, rows), range(len(rows)), modality, [(cut,)] * len(rows))
             phrases = self.subject.phrases[modality]
             for cut, said in answers.items():
-                verdicts = [verdict(self.subject.text(i), visit.clips[row], phrases) for row, i in zip(rows, said, strict=True)]
+                verdicts = [verdict(self.subject.text(i), visit.clips[row], modality, phrases) for row, i in zip(rows, said, strict=True)]
                 record[cut_text(cut)] = [list(rows), verdicts]
         return record
 

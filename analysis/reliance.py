@@ -44,7 +44,8 @@ class FollowingTally(Tally):
         for modality in self.modalities:
             phrases = visit.subject.phrases[modality]
             record["verdicts"][modality] = [
-                verdict(answer, clip, phrases, visit.video, visit.audio) for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
+                verdict(answer, clip, modality, phrases, visit.video, visit.audio)
+                for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
             ]
         return record
 
@@ -76,10 +77,10 @@ class FollowingTally(Tally):
         out = []
         for (condition, modality), said in self._verdicts.items():
             clips, streams = self._clips[condition], self._streams[condition]
-            agree = [all(streams) and clip.video_label == clip.audio_label for clip in clips]
-            columns = [[what == v for what in said] for v in VERDICTS] + [
-                [is_correct(what, modality, a) for what, a in zip(said, agree, strict=True)]
-            ]
+            video, audio = streams
+            given = [(clip.video_label if video else "", clip.audio_label if audio else "") for clip in clips]
+            columns = [[what == v for what in said] for v in VERDICTS]
+            columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)]]
             measures = (*VERDICTS, "correct")
             keys = [Key("following", condition, modality, "", measure) for measure in measures]
             shares = items.clips(clips, *streams).rates(keys, np.array(columns).T)

@@ -2,7 +2,7 @@
 
     clips = build(DataConfig(), "runs/clips")           # or: python -m data --out runs/clips
 
-Order of work: factual clips of every split, their swaps (`data.counterfactual`), some muted and blanked clips for test, the tables,
+Order of work: factual clips of every split, their swaps (`data.counterfactual`), muted and blanked versions of some, the tables,
 manifest.json. All of it happens in `<folder>.partial`, which becomes `<folder>` by one rename at the end; whatever stops the build
 leaves no half-valid folder, and the next build starts the partial one afresh. A folder built with the same config is returned at once.
 
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.clips import Clip, Clips, DataError, Grid, Split, load_clips, save_clips
+from data.clips import Clip, Clips, Condition, DataError, Grid, Split, load_clips, save_clips
 from data.counterfactual import choose_swaps, make_grid
 from data.media import mux, stream_hashes, write_mp4
-from data.render import RenderSettings, render
+from data.render import RenderSettings, render, render_nothing
 from data.sources import Source, SourceClass, load_sources
 from data.splits import Pairs, split_pairs
 
@@ -37,6 +39,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 MAKERS = ("render", "media", "counterfactual", "splits")  # the modules that decide what the media are: a change in them makes old folders stale
 BYTES_A_PIXEL = 0.35  # of coded video, from the default set, rounded up; for the check of disk space
 BYTES_A_SECOND = 10_000  # of coded sound
+NOISES = 12  # near-silent, and near-black, streams a split
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,6 +68,9 @@ class DataConfig:
     """Factual clips per class."""
     rounds: PerSplit = PerSplit(train=2, plan=1, selection=1, test=1, unseen=1)
     """Rounds of swaps; each gives about as many grids, and twice as many counterfactual clips, as the split has factual clips."""
+    bare: PerSplit = PerSplit(train=3, plan=1, selection=1, test=2, unseen=0)
+    """Factual clips per class that also get a muted and a blanked version: half of them digital silence (black), half almost inaudible (invisible)
+    noise."""
     seed: int = 0
     render: RenderSettings = field(default_factory=RenderSettings)
     classes: tuple[str, ...] | None = None
@@ -83,6 +89,17 @@ class _Factual:
     picture: Source
     sound: Source
     seed: int
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """One clip to make that lacks a stream."""
+
+    clip: Clip
+    condition: Condition
+    near: bool
+    nothing: str
+    """The file that has nothing to see and nothing to hear."""
 
 
 def _seed(*parts: Any) -> int:
@@ -139,17 +156,51 @@ def _render(job: _Factual, config: DataConfig, root: Path) -> Clip:
     )
 
 
-def _without(root: Path, clip: Clip, nothing: Path, condition: str) -> Clip:
-    """The clip with digital silence for its sound ("muted") or with black for its picture ("blanked"), the other stream untouched."""
-    name = f"{clip.id}__{condition}"
+def _bare(config: DataConfig, classes: Sequence[SourceClass], jobs: Sequence[_Factual], clips: Sequence[Clip]) -> list[_Bare]:
+    """The muted and the blanked versions to make of the first factual clips of every class and split.
+
+    Noise and none at all take turns over classes and over a class's clips; where a clip's sound is noise, its picture is black, and the other way
+    round. The noises of a split are its own.
+    """
+    names = [kind.name for kind in classes]
+    turns, noises = Counter[str](), Counter[tuple[Split, str]]()
+    bare = []
+    for job, clip in zip(jobs, clips, strict=True):
+        turn = turns[f"{job.split} {job.kind.name}"]
+        turns[f"{job.split} {job.kind.name}"] += 1
+        if turn >= config.bare.of(job.split):
+            continue
+        for condition in ("muted", "blanked"):
+            near = (names.index(job.kind.name) + turn + (condition == "blanked")) % 2 == 1
+            nothing = "nothing.mp4"
+            if near:
+                nothing = f"nothing_{job.split}_{noises[job.split, condition] % NOISES}.mp4"
+                noises[job.split, condition] += 1
+            bare.append(_Bare(clip, condition, near, nothing))
+    return bare
+
+
+def _write_nothing(name: str, config: DataConfig, root: Path) -> None:
+    """A file with nothing in it: black and digital silence, or, if its name says of which split, noise of its own."""
+    black: NDArray[np.uint8] = np.zeros((config.render.frames, config.render.size, config.render.size, 3), np.uint8)
+    frames, wave = black, np.zeros(config.render.samples, np.float32)
+    if name != "nothing.mp4":
+        frames, wave = render_nothing(_seed(config.seed, name), config.render)
+    write_mp4(root / name, frames, config.render.fps, wave)
+
+
+def _without(root: Path, job: _Bare) -> Clip:
+    """The clip with nothing for its sound ("muted") or for its picture ("blanked"), the other stream untouched."""
+    clip = job.clip
+    name = f"{clip.id}__{job.condition}"
     file = f"media/{name}.mp4"
-    if condition == "muted":
-        video, audio = mux(root / clip.file, nothing, root / file)
-        empty = replace(clip, condition="muted", audio_label="", heard="", audio_source="", audio_rendering="silence")
+    if job.condition == "muted":
+        video, audio = mux(root / clip.file, root / job.nothing, root / file)
+        empty = replace(clip, audio_label="", heard="", audio_source="", audio_rendering="near_silence" if job.near else "silence")
     else:
-        video, audio = mux(nothing, root / clip.file, root / file)
-        empty = replace(clip, condition="blanked", video_label="", seen="", video_source="", video_rendering="black")
-    return replace(empty, id=name, file=file, video_sha256=video, audio_sha256=audio)
+        video, audio = mux(root / job.nothing, root / clip.file, root / file)
+        empty = replace(clip, video_label="", seen="", video_source="", video_rendering="near_black" if job.near else "black")
+    return replace(empty, id=name, file=file, condition=job.condition, video_sha256=video, audio_sha256=audio)
 
 
 def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs) -> dict[str, Any]:
@@ -185,7 +236,8 @@ def _existing(folder: Path, provenance: dict[str, Any]) -> Clips | None:
 
 def _check_space(config: DataConfig, folder: Path, classes: int) -> None:
     """Raise before starting if the disk cannot hold the result."""
-    clips = classes * sum(config.renderings.of(s) * (1 + 2 * config.rounds.of(s)) for s in SPLITS)
+    factual = {split: config.renderings.of(split) for split in SPLITS}
+    clips = classes * sum(n * (1 + 2 * config.rounds.of(split)) + 2 * min(n, config.bare.of(split)) for split, n in factual.items())
     needed = clips * (config.render.size**2 * config.render.frames * BYTES_A_PIXEL + BYTES_A_SECOND * config.render.seconds)
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
@@ -212,23 +264,22 @@ def _build(
     """All media below `root`, and the two tables."""
     (root / "media").mkdir(parents=True)
     jobs = _factual(config, classes)
-    with tqdm(
-        total=len(jobs) + 2 * sum(config.rounds.of(job.split) for job in jobs), desc="building clips", unit="clip", disable=not progress
-    ) as bar:
+    swaps = sum(config.rounds.of(job.split) for job in jobs)
+    without = len(classes) * sum(min(config.renderings.of(split), config.bare.of(split)) for split in SPLITS)
+    with tqdm(total=len(jobs) + 2 * swaps + 2 * without, desc="building clips", unit="clip", disable=not progress) as bar:
         clips = _shared(lambda job: _render(job, config, root), jobs, workers, bar.update)
         chosen = []
         for split in SPLITS:
             factual = [c for c in clips if c.split == split]
             chosen += choose_swaps(factual, pairs.of(split), config.rounds.of(split), config.seed, config.max_similarity)
-        tested = [c for c in clips if c.split == "test" and c.id.endswith("_00")]  # one of each class
-        bar.total = len(jobs) + 2 * len(chosen) + 2 * len(tested)
+        bar.total = len(jobs) + 2 * len(chosen) + 2 * without
         swapped = _shared(lambda pair: make_grid(root, *pair), chosen, workers, lambda: bar.update(2))
-        nothing = root / "nothing.mp4"
-        black = np.zeros((config.render.frames, config.render.size, config.render.size, 3), np.uint8)
-        write_mp4(nothing, black, config.render.fps, np.zeros(config.render.samples, np.float32))
-        emptied = [(c, condition) for condition in ("muted", "blanked") for c in tested]
-        bare = _shared(lambda job: _without(root, job[0], nothing, job[1]), emptied, workers, bar.update)
-        nothing.unlink()
+        emptied = _bare(config, classes, jobs, clips)
+        files = sorted({job.nothing for job in emptied})
+        _shared(lambda name: _write_nothing(name, config, root), files, workers, lambda: None)
+        bare = _shared(lambda job: _without(root, job), emptied, workers, bar.update)
+        for name in files:
+            (root / name).unlink()
     return [*clips, *(c for s in swapped for c in s.clips), *bare], [s.grid for s in swapped]
 
 

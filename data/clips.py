@@ -56,7 +56,8 @@ class Clip:
     `*_label` is the class, `seen` / `heard` the phrase a person would use, `*_source` the picture or recording it was rendered from,
     `*_rendering` the factual clip that the stream was first made for (equal for both streams of a factual clip),
     `*_sha256` a hash of the stream's own packets: equal hashes mean equal media, whatever file carries them.
-    The silent stream of a muted clip and the black one of a blanked clip have "" for label, phrase and source.
+    In the stream that a muted or a blanked clip lacks is nothing: label, phrase and source are "", and the rendering says what it is, "silence" or
+    "near_silence" (noise too quiet to hear), "black" or "near_black".
     `id` is a plain word (letters, digits, "_", "-", "."), `file` a path below the clip folder.
     """
 
@@ -277,7 +278,7 @@ def _check_leaks(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> Non
     table = root / "clips.jsonl"
     splits: dict[str, Clip] = {}
     for clip in clips:
-        # The silence and the black picture of muted and blanked clips carry nothing that could leak.
+        # The streams with nothing in them, of muted and blanked clips, carry nothing that could leak.
         video = (f"the rendering {clip.video_rendering}", f"the video stream {clip.video_sha256}") if clip.video_label else ()
         audio = (f"the rendering {clip.audio_rendering}", f"the audio stream {clip.audio_sha256}") if clip.audio_label else ()
         for stream in video + audio:

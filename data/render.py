@@ -3,6 +3,7 @@
     frames, wave = render(picture, recording, seed=7)                      # uint8 (8, 168, 168, 3), float32 (32000,)
     frames = render_frames(picture, seed=7)
     wave = render_wave(recording, seed=7, snr_db=(0.0, 10.0))              # with noise levels of your own
+    frames, wave = render_nothing(seed=7)                                  # near black, near silence: nothing to see or hear
 
 The picture moves over a varied background, scaled, slightly turned, perhaps mirrored, with jittered colours; the recording is cut or
 repeated, sped up or down, gained, and lies in noise. Picture and sound draw from separate streams of random numbers, so either can be
@@ -26,6 +27,8 @@ TURN = 8.0  # degrees either way
 SPEED = 0.06  # resampling factor, either way: speed and pitch together
 GAIN_DB = (-12.0, 0.0)
 SNR_DB = (8.0, 30.0)
+NEAR_SILENT_DB = (-75.0, -55.0)  # RMS to full scale; the quietest clip of the default build has -50
+NEAR_BLACK = 12  # the brightest pixel, of 255
 
 
 @dataclass(frozen=True)
@@ -197,3 +200,11 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames, uint8 (n, size, size, 3), and wave, float32 (samples,) at 16 kHz: the same for the same seed."""
     return render_frames(image_path, seed, settings), render_wave(sound_path, seed, settings)
+
+
+def render_nothing(seed: int, settings: RenderSettings = DEFAULTS) -> tuple[np.ndarray, np.ndarray]:
+    """What a covered lens and an unplugged microphone give: frames of noise from 0 to at most NEAR_BLACK, a wave of noise within NEAR_SILENT_DB."""
+    rng = np.random.default_rng([seed, 2])
+    brightest = int(rng.integers(NEAR_BLACK // 3, NEAR_BLACK + 1))
+    frames = rng.integers(0, brightest + 1, (settings.frames, settings.size, settings.size, 3), dtype=np.uint8)
+    return frames, _noise(rng, settings.samples) * np.float32(10 ** (rng.uniform(*NEAR_SILENT_DB) / 20))

@@ -12,6 +12,7 @@ from data.render import RenderSettings
 SMALL = DataConfig(
     renderings=PerSplit(train=2, plan=1, selection=2, test=2, unseen=1),
     rounds=PerSplit(train=2, plan=1, selection=1, test=1, unseen=1),
+    bare=PerSplit(train=2, plan=1, selection=1, test=2, unseen=0),
     render=RenderSettings(size=64, seconds=1.0),
     classes=("dog", "cow", "car", "fire_truck", "bell", "rain"),
 )

@@ -16,6 +16,7 @@ from data.build import SPLITS, DataConfig, PerSplit, _classes, _factual, build
 from data.clips import Clip, Clips, DataError, load_clips
 from data.counterfactual import choose_swaps
 from data.media import MediaError, read_audio, read_video, stream_hashes
+from data.render import NEAR_SILENT_DB
 from data.sources import load_sources
 from data.splits import pair, split_pairs
 from tests.data.conftest import SMALL
@@ -44,7 +45,7 @@ def test_counts_and_pairs(small: Clips) -> None:
         assert count[split, "counterfactual"] == 2 * len(grids) > 0
         allowed = split_pairs(SMALL.classes, 0).of(split)
         assert {pair(c.video_label, c.audio_label) for c in small.select(split, "counterfactual")} <= allowed
-    assert count["test", "muted"] == count["test", "blanked"] == len(SMALL.classes)
+        assert count[split, "muted"] == count[split, "blanked"] == len(SMALL.classes) * SMALL.bare.of(split)
     assert set(small.manifest["pairs"]) == {"train", "selection", "test"}
 
 
@@ -70,17 +71,54 @@ def test_sources_of_unseen_are_seen_nowhere_else(small: Clips) -> None:
 
 
 def test_muted_and_blanked(small: Clips) -> None:
-    for clip in small.select(condition="muted")[:2]:
+    for clip in small.select(condition="muted"):
         assert (clip.audio_label, clip.heard, clip.audio_source) == ("", "", "") and clip.video_label
-        with pytest.raises(MediaError, match="silent sound track"):
-            read_audio(small.path(clip))
-        silence = read_audio(small.path(clip), muted=True)
-        assert silence.shape == (16_000,) and np.abs(silence).max() < 1e-4
         assert clip.video_sha256 == small.by_id()[clip.video_rendering].video_sha256
-    for clip in small.select(condition="blanked")[:2]:
+        silence = read_audio(small.path(clip), muted=True)
+        level = 20 * np.log10(np.sqrt(np.mean(silence**2)) + 1e-9)
+        assert silence.shape == (16_000,)
+        if clip.audio_rendering == "silence":
+            assert np.abs(silence).max() < 1e-4
+            with pytest.raises(MediaError, match="silent sound track"):
+                read_audio(small.path(clip))
+        else:
+            assert clip.audio_rendering == "near_silence" and -76 < level < -54
+    for clip in small.select(condition="blanked"):
         assert (clip.video_label, clip.seen, clip.video_source) == ("", "", "") and clip.audio_label
-        assert read_video(small.path(clip), 4).max() <= 2
         assert clip.audio_sha256 == small.by_id()[clip.audio_rendering].audio_sha256
+        brightest = read_video(small.path(clip), 4).max()
+        assert brightest <= 2 if clip.video_rendering == "black" else 2 < brightest <= 16  # 12, and what the coding adds
+        assert clip.video_rendering in ("black", "near_black")
+
+
+def test_half_of_what_is_missing_is_noise(small: Clips) -> None:
+    """Noise and none take turns over classes and a class's clips; no noise of one split is in another."""
+    noises: dict[str, set[str]] = {}
+    for split in SPLITS:
+        muted, blanked = small.select(split, "muted"), small.select(split, "blanked")
+        near = [c.audio_rendering == "near_silence" for c in muted]
+        assert [c.video_rendering == "near_black" for c in blanked] == [not n for n in near]
+        assert 2 * sum(near) == len(near)
+        assert len({c.audio_sha256 for c in muted if c.audio_rendering == "silence"}) <= 1
+        noises[split] = {c.audio_sha256 for c in muted if c.audio_rendering == "near_silence"}
+        noises[split] |= {c.video_sha256 for c in blanked if c.video_rendering == "near_black"}
+        assert len(noises[split]) == len(near)  # below NOISES every clip has its own
+    assert len(set().union(*noises.values())) == sum(len(found) for found in noises.values())
+    of_dog = {c.id: c.audio_rendering for c in small.select("test", "muted") if c.video_label == "dog"}
+    assert of_dog == {"test_dog_00__muted": "silence", "test_dog_01__muted": "near_silence"}
+
+
+def test_no_clip_is_as_quiet_as_noise(small: Clips) -> None:
+    """The quietest is a bell, 5 dB above the loudest noise that counts as nothing."""
+    for clip in small.select(condition="factual"):
+        assert 20 * np.log10(np.sqrt(np.mean(read_audio(small.path(clip)) ** 2))) > NEAR_SILENT_DB[1] + 4, clip.id
+
+
+def test_bare_clips_are_as_many_as_there_are(tmp_path: Path) -> None:
+    """No more than the factual clips; none where none are asked for."""
+    config = replace(SMALL, renderings=PerSplit(1, 1, 1, 1, 1), bare=PerSplit(5, 0, 0, 1, 0))
+    clips = build(config, tmp_path / "clips", progress=False)
+    assert [len(clips.select(split, "muted")) for split in SPLITS] == [6, 0, 0, 6, 0]
 
 
 def test_provenance(small: Clips) -> None:

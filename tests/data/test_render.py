@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.render import DEFAULTS, RenderSettings, render, render_frames, render_wave
+from data.render import DEFAULTS, NEAR_BLACK, NEAR_SILENT_DB, RenderSettings, render, render_frames, render_nothing, render_wave
 from data.sources import load_sources
 
 CLASSES = {c.name: c for c in load_sources()}
@@ -31,6 +31,18 @@ def test_settings() -> None:
     settings = RenderSettings(size=64, fps=2.0, seconds=3.0)
     frames, wave = render(CLASSES["bell"].pictures[0].path, CLASSES["bell"].sounds[0].path, 1, settings)
     assert frames.shape == (6, 64, 64, 3) and wave.shape == (48_000,)
+
+
+def test_nothing_is_dark_and_quiet_noise_of_many_kinds() -> None:
+    made = [render_nothing(seed, RenderSettings(size=64, seconds=1.0)) for seed in range(30)]
+    levels = [20 * np.log10(rms(wave)) for _, wave in made]
+    assert min(levels) >= NEAR_SILENT_DB[0] - 0.01 and max(levels) <= NEAR_SILENT_DB[1] + 0.01 and max(levels) - min(levels) > 10
+    brightest = {int(frames.max()) for frames, _ in made}
+    assert max(brightest) == NEAR_BLACK and min(brightest) < 6 and all(frames.min() == 0 for frames, _ in made)
+    assert made[0][0].shape == (4, 64, 64, 3) and made[0][0].dtype == np.uint8 and made[0][1].shape == (16_000,) and made[0][1].dtype == np.float32
+    again = render_nothing(0, RenderSettings(size=64, seconds=1.0))
+    assert np.array_equal(again[0], made[0][0]) and np.array_equal(again[1], made[0][1])
+    assert not np.array_equal(made[1][0][0], made[1][0][1])  # it flickers
 
 
 def test_picture_moves_on_a_still_background() -> None:

@@ -6,15 +6,16 @@ import evaluate
 from analysis.events import VERDICTS, follows, is_correct, phrases_of
 
 DESCRIPTION = """\
-Shares of answers that name only the heard event (`audio`), only the seen one (`vision`), `both`, another known event (`neither`) or none
-(`unparsed`); and `correct`: only what the question asks for. Where picture and sound are of one class a right answer counts as `audio`."""
+Shares of answers that name only the heard event (`audio`), only the seen one (`vision`), `both`, another known event (`neither`), none because there
+is nothing to hear or see (`nothing`) or none at all (`unparsed`); and `correct`: only what the question asks for, nothing where that stream is
+missing. Where picture and sound are of one class a right answer counts as `audio`."""
 
 INPUTS = """\
 predictions: the answers, as text.
 video_labels, audio_labels: class of the picture and of the sound of each clip; "" where there is none.
 labels: every known class as [name, seen phrase, heard phrase].
 modality: "hear" or "see", what the question asks about.
-Returns the six shares and n.
+Returns the seven shares and n.
 
 >>> metric = evaluate.load("analysis/metrics/following")
 >>> labels = [["dog", "a dog", "a dog barking"], ["cat", "a cat", "a cat meowing"]]
@@ -39,6 +40,6 @@ class FollowingMetric(evaluate.Metric):
         phrases = phrases_of({name: (seen, heard) for name, seen, heard in labels}, modality)
         if strange := sorted({*video_labels, *audio_labels} - {*phrases, ""}):
             raise ValueError(f"{strange[0]!r} is a class of a clip, but not among the labels.")
-        said = [follows(*row, phrases) for row in zip(predictions, video_labels, audio_labels, strict=True)]
-        right = [is_correct(v, modality, video == audio != "") for v, video, audio in zip(said, video_labels, audio_labels, strict=True)]
+        said = [follows(*row, modality, phrases) for row in zip(predictions, video_labels, audio_labels, strict=True)]
+        right = [is_correct(v, modality, *given) for v, *given in zip(said, video_labels, audio_labels, strict=True)]
         return {**{v: said.count(v) / len(said) for v in VERDICTS}, "correct": sum(right) / len(said), "n": len(said)}
