@@ -415,8 +415,8 @@ def _apart(findings: list[Named]) -> str:
 
 
 def _most(data: list[tuple[str, str]]) -> tuple[str, str]:
-    """The clips that most findings are of, the first of equals."""
-    return max(dict.fromkeys(data), key=data.count)
+    """The clips that most findings are of; of equals the last to come up, because a history begins with the test split."""
+    return max(reversed(list(dict.fromkeys(data))), key=data.count)
 
 
 def _knockout(ends: list[Named]) -> list[Group]:
