@@ -15,7 +15,7 @@ import base64
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ from analysis.tables import (
     percent,
     words,
 )
+from analysis.trajectory import headline as scalars
+from analysis.trajectory import panel as panel_of
 
 Named = tuple[str, Findings]
 LARGEST_CLIP = 4_000_000  # bytes; a larger mp4 is named instead of embedded
@@ -66,6 +68,7 @@ class Figure:
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    key: list[tuple[str, str, str]] = field(default_factory=list)  # a legend of its own: (tone, label, kind)
 
 
 @dataclass
@@ -107,6 +110,8 @@ def write_report(
         fidelity=_fidelity_table(ends, comparison),
         agreement=_agreement(ends),
         trajectory=_trajectory(findings),
+        multiples=_multiples(findings),
+        apart=_apart(findings),
         knockout=_knockout(ends),
         probes=_probes(ends),
         lens=_lens(ends),
@@ -367,6 +372,51 @@ def _trajectory(findings: list[Named]) -> Figure | None:
     note = "" if same else "Lines join neighbours measured on the same clips; the split is in brackets."
     drawing = lines(series, ticks, RATES, "Rates over training", "checkpoint", width=860, height=250)
     return _figure("", [("", drawing)], series, ticks, percent, note) if series else None
+
+
+def _multiples(findings: list[Named]) -> list[Figure]:
+    """Small multiples over all findings given, on one x axis: a panel for every number that two findings of the same clips have.
+
+    The clips that most findings are of are joined by lines; findings of other clips (the test split before and after) stand alone as hollow dots.
+    """
+    if len(findings) < 3:
+        return []
+    data = [(f.split, f.data_hash) for _, f in findings]
+    main, ticks = _most(data), [(float(k), name) for k, (name, _) in enumerate(findings)]
+    found = [scalars(f) for _, f in findings]
+    panels: dict[tuple[str, bool], list[Series]] = {}
+    keys: dict[str, dict[tuple[str, str, str], None]] = {}
+    for name in dict.fromkeys(name for one in found for name in one):
+        title, label, tone, rate = panel_of(name)
+        for clips in dict.fromkeys(data):
+            points = [(float(k), one[name]) for k, one in enumerate(found) if name in one and data[k] == clips]
+            if len(points) > 1:
+                shown = label if len(set(data)) == 1 else f"{label}, {clips[0]} split"
+                alone = clips != main
+                parts = [[point] for point in points] if alone else [points]
+                panels.setdefault((title, rate), []).extend(Series(shown, tone, part, dashed=alone) for part in parts)
+                keys.setdefault(title, {})[tone, label, "solid"] = None
+    figures = []
+    for (title, rate), series in panels.items():
+        scale = RATES if rate and max(e.value or 0.0 for s in series for _, e in s.points) > 0.25 else span(series)
+        drawing = lines(series, ticks, scale, title, "checkpoint", as_percent=rate, width=262, height=165)
+        figure = _figure(title, [("", drawing)], series, ticks, percent if rate else number)
+        figure.key = list(keys[title])
+        figures.append(figure)
+    return figures
+
+
+def _apart(findings: list[Named]) -> str:
+    """Which findings stand alone in the small multiples, e.g. "before, after (test split)"; nothing where all are of the same clips."""
+    data = [(f.split, f.data_hash) for _, f in findings]
+    main = _most(data)
+    others = {clips: [name for (name, _), at in zip(findings, data, strict=True) if at == clips] for clips in dict.fromkeys(data) if clips != main}
+    return "; ".join(f"{', '.join(names)} ({split} split)" for (split, _), names in others.items() if len(names) > 1)
+
+
+def _most(data: list[tuple[str, str]]) -> tuple[str, str]:
+    """The clips that most findings are of; of equals the last to come up, because a history begins with the test split."""
+    return max(reversed(list(dict.fromkeys(data))), key=data.count)
 
 
 def _knockout(ends: list[Named]) -> list[Group]:
