@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -46,6 +47,7 @@ from train.batches import Answers, loss_terms, make_micro, sample_step, share, t
 from train.best import Best, Rates, choose_best
 from train.checkpoints import CheckpointError, clear_leftovers, load_adapter, load_checkpoint, rotate, save_checkpoint, whole_checkpoints
 from train.config import Config, ConfigError, SchedulePart, differences, load_yaml, parse
+from train.diagnoses import identity, shared
 from train.files import read_jsonl, write_json, write_text
 from train.objective import total
 from train.plan import Plan, PlanError, make_plan, show
@@ -96,17 +98,34 @@ def run(config: Config) -> Path:
         accelerator.wait_for_everyone()
         return load(path)
 
-    def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str) -> Findings:
-        """Findings at `path`, measured by all processes together where they are not there yet."""
-        work = path.with_name(f"{path.name}.work")
-        [there] = broadcast_object_list([path.exists()])
-        if not there:
-            console.print(f"[bold]{what}[/bold]")
-            measured = diagnose(model, clips, settings, split, work=work, processes=PartialState())
-            if main_process:
-                measured.save(path)
-                shutil.rmtree(work, ignore_errors=True)
-            accelerator.wait_for_everyone()
+    def measure(path: Path, split: str, settings: DiagnoseSettings, what: str, work: Path) -> None:
+        """Write findings to `path`, measured by all processes together."""
+        console.print(f"[bold]{what}[/bold]")
+        measured = diagnose(model, clips, settings, split, work=work, processes=PartialState())
+        if main_process:
+            measured.save(path)
+            shutil.rmtree(work, ignore_errors=True)
+        accelerator.wait_for_everyone()
+
+    def there(path: Path) -> bool:
+        """Whether the main process sees `path`: what all processes go by."""
+        return broadcast_object_list([path.exists()])[0]
+
+    def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str, untrained: bool = False) -> Findings:
+        """Findings at `path`, measured where they are not there yet; those of the untrained model copied where another run has measured them."""
+        if not there(path) and untrained and config.run.diagnoses is not None:
+            waiting = partial(console.print, f"Another run is at it: waiting. [bold]{what}[/bold]")
+            key = identity(model, clips, settings, split)
+            with shared(Path(config.run.diagnoses), key, accelerator, waiting) as (common, work):
+                if there(common):
+                    console.print(f"[bold]{what}[/bold]: in {common}")
+                else:
+                    measure(common, split, settings, what, work)
+                if main_process:
+                    write_text(path, common.read_text(encoding="utf-8"))
+                accelerator.wait_for_everyone()
+        elif not there(path):
+            measure(path, split, settings, what, path.with_name(f"{path.name}.work"))
         findings = Findings.load(path)
         if findings.data_hash != clips.data_hash:
             raise TrainError(f"{path} was measured on other clips than {clips.root} holds now. Restore them, or start anew with --run.overwrite.")
@@ -117,11 +136,11 @@ def run(config: Config) -> Path:
         plan.lora_targets = model.lora_targets(plan.lora_layers.value, plan.lora_projections.value)
         plan.save(path)
 
-    found = diagnosed(folder / "findings" / "plan.json", "plan", part.plan, "Diagnosing the plan split")
+    found = diagnosed(folder / "findings" / "plan.json", "plan", part.plan, "Diagnosing the plan split", untrained=True)
     plan = stage(folder / "plan.json", planned, Plan.load, "Planning")
     show(plan, console)
-    before = diagnosed(folder / "findings" / "before.json", "test", part.test, "Diagnosing the test split, before")
-    start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before")
+    before = diagnosed(folder / "findings" / "before.json", "test", part.test, "Diagnosing the test split, before", untrained=True)
+    start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before", untrained=True)
 
     def diagnose_checkpoint(checkpoint: Path) -> Best:
         """Findings of a checkpoint (the adapter is the one in the model), the best so far, and the others cleared away."""
