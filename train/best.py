@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.findings import Findings
-from train.checkpoints import CheckpointError, whole_checkpoints
+from train.checkpoints import CheckpointError, step_of, whole_checkpoints
 from train.files import write_json
 
 
 @dataclass
 class Rates:
-    """What choice looks at: shares of right answers (that name the designated label alone), on the selection split."""
+    """What choice looks at: shares of right answers (that name the designated label alone), on the selection split. And how much vision leads astray."""
 
     hear_conflicts: float  # audio-following
     see_conflicts: float
     hear_factual: float
     see_factual: float
+    vision_following: float  # hear-questions on conflicts that were answered with what is seen
 
     @classmethod
     def of(cls, findings: Findings) -> Rates:
         """Read from findings. Raises CheckpointError where a rate was not measured."""
-        values = []
+        values: list[float] = []
+        vision = 0.0
         for condition in ("counterfactual", "factual"):
             for question in ("hear", "see"):
                 row = findings.following_rate(condition, question)
@@ -38,18 +41,26 @@ class Rates:
                         f"{findings.split} split, so checkpoints cannot be compared. Does that split have such clips?"
                     )
                 values.append(row.correct.value)
-        return cls(*values)
+                if (condition, question) == ("counterfactual", "hear"):
+                    vision = row.vision.value or 0.0
+        return cls(*values, vision)
 
 
 @dataclass
 class Best:
-    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips."""
+    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips. `stopped`: why training ended early."""
 
     checkpoint: str
     because: str
     within_bound: bool
     before: Rates
     candidates: dict[str, dict[str, float]]
+    stopped: str | None = None
+
+    @property
+    def newest(self) -> str:
+        """The checkpoint that the choice was made after."""
+        return max(self.candidates, key=lambda name: step_of(Path(name)))
 
     def save(self, path: Path) -> None:
         """Write best.json atomically."""
@@ -95,6 +106,15 @@ def choose_best(folder: Path, before: Findings, retention_bound: float, tie: flo
         f"see-questions right, on factual clips {_change(start.hear_factual, r.hear_factual)} and {_change(start.see_factual, r.see_factual)}."
     )
     return Best(name, because, bool(kept), start, {n: {**dataclasses.asdict(rates[n]), "lost": max(0.0, lost[n])} for n in rates})
+
+
+def stop_reason(best: Best, diagnosed: Iterable[int], patience: int) -> str | None:
+    """Why training stops after the newest checkpoint: the best one is `patience` checkpoints old. None: it goes on. diagnosed: steps of checkpoints."""
+    at, now = step_of(Path(best.checkpoint)), step_of(Path(best.newest))
+    later = sum(at < step <= now for step in diagnosed)
+    if patience == -1 or later < patience:
+        return None
+    return f"Stopped after step {now}: none of the last {later} checkpoints was better than that of step {at} (schedule.patience {patience})."
 
 
 def _points(share: float) -> str:

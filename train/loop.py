@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,20 @@ from data.clips import Clips, DataError, load_clips
 from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
 from train.batches import Answers, loss_terms, make_micro, sample_step, share, training_clips
-from train.best import Best, Rates, choose_best
-from train.checkpoints import CheckpointError, clear_leftovers, load_adapter, load_checkpoint, rotate, save_checkpoint, whole_checkpoints
+from train.best import Best, Rates, choose_best, stop_reason
+from train.checkpoints import (
+    CheckpointError,
+    clear_leftovers,
+    load_adapter,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+    step_of,
+    whole_checkpoints,
+)
 from train.config import Config, ConfigError, SchedulePart, differences, load_yaml, parse
 from train.diagnoses import identity, shared
+from train.ema import Ema
 from train.files import read_jsonl, write_json, write_text
 from train.objective import total
 from train.plan import Plan, PlanError, make_plan, show
@@ -142,6 +153,18 @@ def run(config: Config) -> Path:
     before = diagnosed(folder / "findings" / "before.json", "test", part.test, "Diagnosing the test split, before", untrained=True)
     start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before", untrained=True)
 
+    def chosen_after(checkpoint: Path) -> Best:
+        """The best checkpoint once this one is diagnosed. Chosen once: clearing others away afterwards must not change what is said about the choice."""
+        path = folder / "best.json"
+        if path.exists() and (best := Best.load(path)).newest == checkpoint.name and (folder / "checkpoints" / best.checkpoint).exists():
+            return best
+        best = choose_best(folder / "checkpoints", start, part.retention_bound, part.tie)
+        if step_of(checkpoint) < plan.steps.value:
+            diagnosed_steps = [step_of(Path(p.stem)) for p in (folder / "findings").glob("step_*.json")]
+            best.stopped = stop_reason(best, diagnosed_steps, config.schedule.patience or -1)
+        best.save(path)
+        return best
+
     def diagnose_checkpoint(checkpoint: Path) -> Best:
         """Findings of a checkpoint (the adapter is the one in the model), the best so far, and the others cleared away."""
         model.adapter = str(checkpoint / "adapter")
@@ -150,10 +173,9 @@ def run(config: Config) -> Path:
             stays = folder / "findings" / f"{checkpoint.name}.json"  # when the checkpoint is cleared away
             if not stays.exists():
                 findings.save(stays)
-            rates = Rates.of(findings)
-            accelerator.log({f"selection/{name}": value for name, value in vars(rates).items()}, step=int(checkpoint.name.split("_")[1]))
-            choose_best(folder / "checkpoints", start, part.retention_bound, part.tie).save(folder / "best.json")
-            best = Best.load(folder / "best.json")
+            headline = {name: value for name, value in vars(Rates.of(findings)).items()}
+            accelerator.log({f"selection/{name}": value for name, value in headline.items()}, step=step_of(checkpoint))
+            best = chosen_after(checkpoint)
             rotate(folder / "checkpoints", config.run.keep, folder / "checkpoints" / best.checkpoint)
         accelerator.wait_for_everyone()
         return Best.load(folder / "best.json")
@@ -161,6 +183,8 @@ def run(config: Config) -> Path:
     accelerator.init_trackers("avbalance", config={"run": config.run.folder})
     console.print(f"[bold]Training[/bold] {plan.steps.value} steps, LoRA on {len(plan.lora_targets)} modules, weights {plan.weights()}")
     best = train(config, plan, model, clips, accelerator, diagnose_checkpoint)
+    if best.stopped:
+        console.print(best.stopped)
     console.print(f"[bold]Best checkpoint[/bold] {best.checkpoint}. {best.because}")
 
     chosen = folder / "checkpoints" / best.checkpoint
@@ -194,16 +218,24 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepare_deepspeed(accelerator, config)
     decoder, optimizer = accelerator.prepare(model.decoder, adamw)
+    ema = Ema(model.trainable_parameters(), config.lora.ema) if config.lora.ema else None
+
+    def judged(step: int) -> Best:
+        """The best checkpoint once that of `step` is diagnosed; what is diagnosed is what the checkpoint holds."""
+        with ema.applied() if ema else nullcontext():
+            return after_checkpoint(folder / "checkpoints" / f"step_{step:06d}")
 
     done, best = 0, None
     answers: Answers = {}
     if checkpoints := whole_checkpoints(folder / "checkpoints"):
-        done, answers = load_checkpoint(checkpoints[-1], model, adamw, accelerator)
-        best = after_checkpoint(checkpoints[-1])
+        done, answers = load_checkpoint(checkpoints[-1], model, adamw, accelerator, ema)
+        best = judged(done)
     if accelerator.is_main_process:
         forget_metrics_after(folder / "metrics.jsonl", done)
     bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     for step in range(done, steps):
+        if best is not None and best.stopped:
+            break
         began = time.perf_counter()
         torch.manual_seed((config.run.seed * 1_000_003 + step) * 4096 + accelerator.process_index)  # dropout
         for group in optimizer.param_groups:
@@ -224,6 +256,8 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
                 optimizer.step()
                 optimizer.zero_grad()
             sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}
+        if ema:
+            ema.update(step)
         means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean").tolist()
         record = dict(zip(sums, means, strict=True)) | {"loss": sum(weights[n] * m for n, m in zip(sums, means, strict=True))}
         if accelerator.is_main_process:
@@ -236,9 +270,9 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
         if (step + 1) % every == 0 or step + 1 == steps:
             for others in gather_object([list(answers.items())]):  # so that what a process knows does not depend on when the run was killed
                 answers.update({key: ids for key, ids in others if key not in answers})
-            save_checkpoint(folder / "checkpoints", step + 1, model, adamw, answers, accelerator)
+            save_checkpoint(folder / "checkpoints", step + 1, model, adamw, answers, accelerator, ema)
             accelerator.wait_for_everyone()
-            best = after_checkpoint(folder / "checkpoints" / f"step_{step + 1:06d}")
+            best = judged(step + 1)
             bar.set_postfix_str(status(record, best))
     bar.close()
     if best is None:
@@ -262,10 +296,10 @@ def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
 def status(record: dict[str, float], best: Best | None) -> str:
     """What the bar shows: loss terms and, once a checkpoint has been diagnosed, the rates of the newest."""
     short = {"counterfactual_ce": "ce", "distillation": "kd", "mirror": "mirror", "states": "states", "retention": "keep", "loss": "loss"}
-    text = " ".join(f"{short[name]} {value:.3f}" for name, value in record.items())
+    text = " ".join(f"{short.get(name, name)} {value:.3f}" for name, value in record.items())
     if best is not None:
-        newest = best.candidates[max(best.candidates)]
-        text += f" | conflicts: hear {100 * newest['hear_conflicts']:.0f} % see {100 * newest['see_conflicts']:.0f} %"
+        audio, vision, see = (100 * best.candidates[best.newest][name] for name in ("hear_conflicts", "vision_following", "see_conflicts"))
+        text += f" | conflicts: hear follows audio {audio:.0f} % vision {vision:.0f} %, see {see:.0f} %"
     return text
 
 

@@ -12,8 +12,9 @@ import pytest
 import train.checkpoints
 import train.loop
 from tests.train.conftest import result
+from train.best import Best, Rates
 from train.config import SchedulePart
-from train.loop import default_threads, learning_rate, main
+from train.loop import default_threads, learning_rate, main, status
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,47 @@ def test_killed_it_ends_with_the_same_bytes(arguments, tmp_path, uninterrupted):
     assert not (folder / "findings" / "after.json").exists()
     assert main(arguments) == 0
     assert result(folder) == uninterrupted["result"]
+
+
+def test_a_run_stops_when_its_best_checkpoint_is_old_and_does_so_again_when_resumed(arguments, tmp_path, monkeypatch, capsys):
+    """The tiny model learns nothing, so that its first checkpoint is the best one is made up; all else is real."""
+    real, loss = train.loop.choose_best, train.loop.sample_step
+
+    def the_first(*args):
+        best = real(*args)
+        best.checkpoint = min(best.candidates)
+        return best
+
+    def interrupted(clips, config, plan, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return loss(clips, config, plan, step)
+
+    monkeypatch.setattr(train.loop, "choose_best", the_first)
+    patient = [*arguments, "--schedule.steps", "9", "--schedule.checkpoint-every", "1", "--schedule.patience", "4", "--run.keep", "1"]
+    assert main(patient) == 0
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000005"]  # 2 to 5 came after the best
+    best = json.loads((folder / "best.json").read_text())
+    assert best["checkpoint"] == "step_000001" and best["stopped"].startswith("Stopped after step 5: none of the last 4 checkpoints")
+    assert best["stopped"] in capsys.readouterr().out.replace("\n", " ")
+    ended = result(folder)
+    assert [line["step"] for line in ended[2]] == [1, 2, 3, 4, 5]
+    again = [*patient, "--run.folder", str(tmp_path / "again")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.loop, "sample_step", interrupted)
+        main(again)
+    assert main(again) == 0
+    assert result(tmp_path / "again") == ended
+    assert main(again) == 0  # stays stopped
+    assert result(tmp_path / "again") == ended
+
+
+def test_the_bar_shows_terms_and_what_the_newest_checkpoint_follows():
+    rates = {"hear_conflicts": 0.25, "see_conflicts": 0.5, "hear_factual": 1.0, "see_factual": 1.0, "vision_following": 0.75}
+    best = Best("step_000100", "", True, Rates(0, 0, 0, 0, 0), {"step_000100": dict.fromkeys(rates, 0.9), "step_000200": rates})
+    assert status({"counterfactual_ce": 1.0, "loss": 2.0}, None) == "ce 1.000 loss 2.000"
+    assert status({"loss": 2.0}, best) == "loss 2.000 | conflicts: hear follows audio 25 % vision 75 %, see 50 %"
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, tmp_path, capsys):
