@@ -19,7 +19,7 @@ from train.files import write_json
 
 @dataclass
 class Rates:
-    """What choice looks at: shares of right answers (that name the designated label alone), on the selection split. And how much vision leads astray."""
+    """What choice looks at: shares of right answers (that name the designated label alone), on the selection split."""
 
     hear_conflicts: float  # audio-following
     see_conflicts: float
@@ -30,9 +30,8 @@ class Rates:
     @classmethod
     def of(cls, findings: Findings) -> Rates:
         """Read from findings. Raises CheckpointError where a rate was not measured."""
-        values: list[float] = []
-        vision = 0.0
-        for condition in ("counterfactual", "factual"):
+        values = {}
+        for condition, where in (("counterfactual", "conflicts"), ("factual", "factual")):
             for question in ("hear", "see"):
                 row = findings.following_rate(condition, question)
                 if row is None or row.correct.value is None:
@@ -40,15 +39,18 @@ class Rates:
                         f"The diagnosis of {findings.adapter or findings.model} has no rate for {question}-questions on {condition} clips of the "
                         f"{findings.split} split, so checkpoints cannot be compared. Does that split have such clips?"
                     )
-                values.append(row.correct.value)
-                if (condition, question) == ("counterfactual", "hear"):
-                    vision = row.vision.value or 0.0
-        return cls(*values, vision)
+                values[f"{question}_{where}"] = row.correct.value
+                if (question, where) == ("hear", "conflicts"):
+                    values["vision_following"] = row.vision.value or 0.0
+        return cls(**values)
 
 
 @dataclass
 class Best:
-    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips. `stopped`: why training ended early."""
+    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips.
+
+    `stopped`: why no further steps were taken, where the stop rule ended training.
+    """
 
     checkpoint: str
     because: str
@@ -109,7 +111,10 @@ def choose_best(folder: Path, before: Findings, retention_bound: float, tie: flo
 
 
 def stop_reason(best: Best, diagnosed: Iterable[int], patience: int) -> str | None:
-    """Why training stops after the newest checkpoint: the best one is `patience` checkpoints old. None: it goes on. diagnosed: steps of checkpoints."""
+    """Why training stops after the newest checkpoint: the best one is `patience` checkpoints old. None: it goes on (always with patience -1).
+
+    diagnosed: steps of all checkpoints there have been, those cleared away too.
+    """
     at, now = step_of(Path(best.checkpoint)), step_of(Path(best.newest))
     later = sum(at < step <= now for step in diagnosed)
     if patience == -1 or later < patience:

@@ -154,10 +154,12 @@ def run(config: Config) -> Path:
     start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before", untrained=True)
 
     def chosen_after(checkpoint: Path) -> Best:
-        """The best checkpoint once this one is diagnosed. Chosen once: clearing others away afterwards must not change what is said about the choice."""
+        """The best checkpoint once this one is diagnosed. Chosen once: that others are cleared away then must not change what is said of it."""
         path = folder / "best.json"
-        if path.exists() and (best := Best.load(path)).newest == checkpoint.name and (folder / "checkpoints" / best.checkpoint).exists():
-            return best
+        if path.exists():
+            best = Best.load(path)
+            if best.newest == checkpoint.name and (folder / "checkpoints" / best.checkpoint).exists():
+                return best
         best = choose_best(folder / "checkpoints", start, part.retention_bound, part.tie)
         if step_of(checkpoint) < plan.steps.value:
             diagnosed_steps = [step_of(Path(p.stem)) for p in (folder / "findings").glob("step_*.json")]
@@ -173,14 +175,16 @@ def run(config: Config) -> Path:
             stays = folder / "findings" / f"{checkpoint.name}.json"  # when the checkpoint is cleared away
             if not stays.exists():
                 findings.save(stays)
-            headline = {name: value for name, value in vars(Rates.of(findings)).items()}
+            headline = vars(Rates.of(findings))
             accelerator.log({f"selection/{name}": value for name, value in headline.items()}, step=step_of(checkpoint))
             best = chosen_after(checkpoint)
             rotate(folder / "checkpoints", config.run.keep, folder / "checkpoints" / best.checkpoint)
         accelerator.wait_for_everyone()
         return Best.load(folder / "best.json")
 
-    accelerator.init_trackers("avbalance", config={"run": config.run.folder})
+    named = {"name": folder.name}  # a run taken up again goes on under its name
+    also = {"trackio": named | {"resume": "allow", "embed": False}, "wandb": named | {"dir": str(folder)}}
+    accelerator.init_trackers("avbalance", config={"run": config.run.folder}, init_kwargs=also)
     console.print(f"[bold]Training[/bold] {plan.steps.value} steps, LoRA on {len(plan.lora_targets)} modules, weights {plan.weights()}")
     best = train(config, plan, model, clips, accelerator, diagnose_checkpoint)
     if best.stopped:
@@ -309,7 +313,7 @@ def raise_not_finite(folder: Path, step: int, asks: Sequence, terms: dict[str, t
     values = {name: str(term.item()) for name, term in terms.items()}
     write_json(path, {"step": step + 1, "terms": values, "asks": [[a.clip.id, a.question] for a in asks]})
     raise TrainError(
-        f"The gradient of step {step + 1} is not finite (terms: {values}). The parameters were left as they were; the batch is in {path}. "
+        f"The gradient of step {step + 1} is not finite (terms: {values}). No checkpoint has this step in it; the batch is in {path}. "
         "A smaller --schedule.lr or --schedule.clip usually helps; with bfloat16, try --model.dtype float32."
     )
 

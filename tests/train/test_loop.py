@@ -107,12 +107,13 @@ def test_a_run_stops_when_its_best_checkpoint_is_old_and_does_so_again_when_resu
 
     monkeypatch.setattr(train.loop, "choose_best", the_first)
     patient = [*arguments, "--schedule.steps", "9", "--schedule.checkpoint-every", "1", "--schedule.patience", "4", "--run.keep", "1"]
+    patient += ["--run.diagnoses", str(tmp_path / "common")]
     assert main(patient) == 0
     folder = tmp_path / "run"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000005"]  # 2 to 5 came after the best
     best = json.loads((folder / "best.json").read_text())
     assert best["checkpoint"] == "step_000001" and best["stopped"].startswith("Stopped after step 5: none of the last 4 checkpoints")
-    assert best["stopped"] in capsys.readouterr().out.replace("\n", " ")
+    assert best["stopped"] in " ".join(capsys.readouterr().out.split())
     ended = result(folder)
     assert [line["step"] for line in ended[2]] == [1, 2, 3, 4, 5]
     again = [*patient, "--run.folder", str(tmp_path / "again")]
