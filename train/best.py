@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.findings import Findings
-from train.checkpoints import CheckpointError, whole_checkpoints
+from train.checkpoints import CheckpointError, step_of, whole_checkpoints
 from train.files import write_json
 
 
@@ -24,12 +25,13 @@ class Rates:
     see_conflicts: float
     hear_factual: float
     see_factual: float
+    vision_following: float  # hear-questions on conflicts that were answered with what is seen
 
     @classmethod
     def of(cls, findings: Findings) -> Rates:
         """Read from findings. Raises CheckpointError where a rate was not measured."""
-        values = []
-        for condition in ("counterfactual", "factual"):
+        values = {}
+        for condition, where in (("counterfactual", "conflicts"), ("factual", "factual")):
             for question in ("hear", "see"):
                 row = findings.following_rate(condition, question)
                 if row is None or row.correct.value is None:
@@ -37,19 +39,30 @@ class Rates:
                         f"The diagnosis of {findings.adapter or findings.model} has no rate for {question}-questions on {condition} clips of the "
                         f"{findings.split} split, so checkpoints cannot be compared. Does that split have such clips?"
                     )
-                values.append(row.correct.value)
-        return cls(*values)
+                values[f"{question}_{where}"] = row.correct.value
+                if (question, where) == ("hear", "conflicts"):
+                    values["vision_following"] = row.vision.value or 0.0
+        return cls(**values)
 
 
 @dataclass
 class Best:
-    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips."""
+    """The chosen checkpoint's name and why. `candidates`: name -> its rates and the most it lost on factual clips.
+
+    `stopped`: why no further steps were taken, where the stop rule ended training.
+    """
 
     checkpoint: str
     because: str
     within_bound: bool
     before: Rates
     candidates: dict[str, dict[str, float]]
+    stopped: str | None = None
+
+    @property
+    def newest(self) -> str:
+        """The checkpoint that the choice was made after."""
+        return max(self.candidates, key=lambda name: step_of(Path(name)))
 
     def save(self, path: Path) -> None:
         """Write best.json atomically."""
@@ -95,6 +108,18 @@ def choose_best(folder: Path, before: Findings, retention_bound: float, tie: flo
         f"see-questions right, on factual clips {_change(start.hear_factual, r.hear_factual)} and {_change(start.see_factual, r.see_factual)}."
     )
     return Best(name, because, bool(kept), start, {n: {**dataclasses.asdict(rates[n]), "lost": max(0.0, lost[n])} for n in rates})
+
+
+def stop_reason(best: Best, diagnosed: Iterable[int], patience: int) -> str | None:
+    """Why training stops after the newest checkpoint: the best one is `patience` checkpoints old. None: it goes on (always with patience -1).
+
+    diagnosed: steps of all checkpoints there have been, those cleared away too.
+    """
+    at, now = step_of(Path(best.checkpoint)), step_of(Path(best.newest))
+    later = sum(at < step <= now for step in diagnosed)
+    if patience == -1 or later < patience:
+        return None
+    return f"Stopped after step {now}: none of the last {later} checkpoints was better than that of step {at} (schedule.patience {patience})."
 
 
 def _points(share: float) -> str:

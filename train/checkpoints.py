@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
     checkpoints/step_000050/
-        adapter/         PEFT format: adapter_config.json, adapter_model.safetensors
-        state/           optimizer.safetensors, optimizer.json, answers.json (what the frozen teacher was heard to say)
+        adapter/         PEFT format: adapter_config.json, adapter_model.safetensors; the moving average, where the run keeps one (lora.ema)
+        state/           optimizer.safetensors, optimizer.json, answers.json (what the frozen teacher was heard to say), ema.safetensors
+                         (the average and the weights that training goes on with)
         manifest.json    step and sha256 of every file; written last
         findings.json    the diagnosis of this checkpoint, once it is done
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from safetensors.torch import load_file, save_file
 from models import AVLLM
 from models.load import check_adapter_names
 from train.batches import Answers
+from train.ema import Ema
 from train.files import fsync_folder, write_json
+from train.partitioned import gathered
 
 FORMAT = 1
 NAME = re.compile(r"^step_(\d{6,})$")
@@ -59,8 +63,10 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def save_checkpoint(folder: Path, step: int, model: AVLLM, optimizer: torch.optim.Optimizer, answers: Answers, accelerator: Accelerator) -> Path:
-    """Write `folder/step_<step>` whole or not at all, and return it. Under DeepSpeed every process has to call this.
+def save_checkpoint(
+    folder: Path, step: int, model: AVLLM, optimizer: torch.optim.Optimizer, answers: Answers, accelerator: Accelerator, ema: Ema | None = None
+) -> Path:
+    """Write `folder/step_<step>` whole or not at all, and return it. Every process has to call this; the main one writes.
 
     Raises CheckpointError where the disk is full or cannot be written; nothing half-written is left behind.
     """
@@ -71,7 +77,10 @@ def save_checkpoint(folder: Path, step: int, model: AVLLM, optimizer: torch.opti
             if partial.exists():
                 shutil.rmtree(partial)
             (partial / "state").mkdir(parents=True)
-            model.save_adapter(partial / "adapter")
+        with ema.applied() if ema else nullcontext(), gathered(p for _, p in model.trainable_parameters()):
+            if main:
+                model.save_adapter(partial / "adapter")
+        state = ema.state() if ema else {}
         if deepspeed:
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial / "state"), exclude_frozen_parameters=True)
@@ -81,6 +90,8 @@ def save_checkpoint(folder: Path, step: int, model: AVLLM, optimizer: torch.opti
                 tensors, groups = _optimizer_state(model, optimizer)
                 save_file(tensors, partial / "state" / "optimizer.safetensors")
                 write_json(partial / "state" / "optimizer.json", groups)
+            if state:
+                save_file(state, partial / "state" / "ema.safetensors")
             write_json(partial / "state" / "answers.json", [[*key, ids] for key, ids in answers.items()])
             files = {str(p.relative_to(partial)): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             fsync_folder(partial)
@@ -97,14 +108,18 @@ def save_checkpoint(folder: Path, step: int, model: AVLLM, optimizer: torch.opti
     return final
 
 
-def load_checkpoint(folder: Path, model: AVLLM, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[int, Answers]:
-    """Put adapter and optimizer back as they were; returns step and answers. Raises CheckpointError for a damaged or foreign checkpoint."""
+def load_checkpoint(
+    folder: Path, model: AVLLM, optimizer: torch.optim.Optimizer, accelerator: Accelerator, ema: Ema | None = None
+) -> tuple[int, Answers]:
+    """Put adapter, optimizer and average back as they were; returns step and answers. Raises CheckpointError for a damaged or foreign checkpoint."""
     manifest = check(folder)
     load_adapter(folder, model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.load_state(str(folder / "state"))
     else:
         _restore_optimizer(model, optimizer, load_file(folder / "state" / "optimizer.safetensors"), _json(folder / "state" / "optimizer.json"))
+    if ema:
+        ema.restore(load_file(folder / "state" / "ema.safetensors"))
     answers: Answers = {(clip, question, cut): ids for clip, question, cut, ids in _json(folder / "state" / "answers.json")}
     return manifest["step"], answers
 
@@ -114,7 +129,8 @@ def load_adapter(folder: Path, model: AVLLM) -> None:
     from peft import set_peft_model_state_dict
 
     check_adapter_names(model, folder / "adapter")
-    set_peft_model_state_dict(model.thinker, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    with gathered((p for _, p in model.trainable_parameters()), change=True):
+        set_peft_model_state_dict(model.thinker, load_file(folder / "adapter" / "adapter_model.safetensors"))
 
 
 def check(folder: Path) -> dict[str, Any]:

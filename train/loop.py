@@ -22,7 +22,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -43,9 +45,20 @@ from data.clips import Clips, DataError, load_clips
 from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
 from train.batches import Answers, loss_terms, make_micro, sample_step, share, training_clips
-from train.best import Best, Rates, choose_best
-from train.checkpoints import CheckpointError, clear_leftovers, load_adapter, load_checkpoint, rotate, save_checkpoint, whole_checkpoints
+from train.best import Best, Rates, choose_best, stop_reason
+from train.checkpoints import (
+    CheckpointError,
+    clear_leftovers,
+    load_adapter,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+    step_of,
+    whole_checkpoints,
+)
 from train.config import Config, ConfigError, SchedulePart, differences, load_yaml, parse
+from train.diagnoses import identity, shared
+from train.ema import Ema
 from train.files import read_jsonl, write_json, write_text
 from train.objective import total
 from train.plan import Plan, PlanError, make_plan, show
@@ -96,17 +109,34 @@ def run(config: Config) -> Path:
         accelerator.wait_for_everyone()
         return load(path)
 
-    def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str) -> Findings:
-        """Findings at `path`, measured by all processes together where they are not there yet."""
-        work = path.with_name(f"{path.name}.work")
-        [there] = broadcast_object_list([path.exists()])
-        if not there:
-            console.print(f"[bold]{what}[/bold]")
-            measured = diagnose(model, clips, settings, split, work=work, processes=PartialState())
-            if main_process:
-                measured.save(path)
-                shutil.rmtree(work, ignore_errors=True)
-            accelerator.wait_for_everyone()
+    def measure(path: Path, split: str, settings: DiagnoseSettings, what: str, work: Path) -> None:
+        """Write findings to `path`, measured by all processes together."""
+        console.print(f"[bold]{what}[/bold]")
+        measured = diagnose(model, clips, settings, split, work=work, processes=PartialState())
+        if main_process:
+            measured.save(path)
+            shutil.rmtree(work, ignore_errors=True)
+        accelerator.wait_for_everyone()
+
+    def there(path: Path) -> bool:
+        """Whether the main process sees `path`: what all processes go by."""
+        return broadcast_object_list([path.exists()])[0]
+
+    def diagnosed(path: Path, split: str, settings: DiagnoseSettings, what: str, untrained: bool = False) -> Findings:
+        """Findings at `path`, measured where they are not there yet; those of the untrained model copied where another run has measured them."""
+        if not there(path) and untrained and config.run.diagnoses is not None:
+            waiting = partial(console.print, f"Another run is at it: waiting. [bold]{what}[/bold]")
+            key = identity(model, clips, settings, split)
+            with shared(Path(config.run.diagnoses), key, accelerator, waiting) as (common, work):
+                if there(common):
+                    console.print(f"[bold]{what}[/bold]: in {common}")
+                else:
+                    measure(common, split, settings, what, work)
+                if main_process:
+                    write_text(path, common.read_text(encoding="utf-8"))
+                accelerator.wait_for_everyone()
+        elif not there(path):
+            measure(path, split, settings, what, path.with_name(f"{path.name}.work"))
         findings = Findings.load(path)
         if findings.data_hash != clips.data_hash:
             raise TrainError(f"{path} was measured on other clips than {clips.root} holds now. Restore them, or start anew with --run.overwrite.")
@@ -117,11 +147,25 @@ def run(config: Config) -> Path:
         plan.lora_targets = model.lora_targets(plan.lora_layers.value, plan.lora_projections.value)
         plan.save(path)
 
-    found = diagnosed(folder / "findings" / "plan.json", "plan", part.plan, "Diagnosing the plan split")
+    found = diagnosed(folder / "findings" / "plan.json", "plan", part.plan, "Diagnosing the plan split", untrained=True)
     plan = stage(folder / "plan.json", planned, Plan.load, "Planning")
     show(plan, console)
-    before = diagnosed(folder / "findings" / "before.json", "test", part.test, "Diagnosing the test split, before")
-    start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before")
+    before = diagnosed(folder / "findings" / "before.json", "test", part.test, "Diagnosing the test split, before", untrained=True)
+    start = diagnosed(folder / "findings" / "selection.json", "selection", part.selection, "Diagnosing the selection split, before", untrained=True)
+
+    def chosen_after(checkpoint: Path) -> Best:
+        """The best checkpoint once this one is diagnosed. Chosen once: that others are cleared away then must not change what is said of it."""
+        path = folder / "best.json"
+        if path.exists():
+            best = Best.load(path)
+            if best.newest == checkpoint.name and (folder / "checkpoints" / best.checkpoint).exists():
+                return best
+        best = choose_best(folder / "checkpoints", start, part.retention_bound, part.tie)
+        if step_of(checkpoint) < plan.steps.value:
+            diagnosed_steps = [step_of(Path(p.stem)) for p in (folder / "findings").glob("step_*.json")]
+            best.stopped = stop_reason(best, diagnosed_steps, config.schedule.patience or -1)
+        best.save(path)
+        return best
 
     def diagnose_checkpoint(checkpoint: Path) -> Best:
         """Findings of a checkpoint (the adapter is the one in the model), the best so far, and the others cleared away."""
@@ -131,17 +175,20 @@ def run(config: Config) -> Path:
             stays = folder / "findings" / f"{checkpoint.name}.json"  # when the checkpoint is cleared away
             if not stays.exists():
                 findings.save(stays)
-            rates = Rates.of(findings)
-            accelerator.log({f"selection/{name}": value for name, value in vars(rates).items()}, step=int(checkpoint.name.split("_")[1]))
-            choose_best(folder / "checkpoints", start, part.retention_bound, part.tie).save(folder / "best.json")
-            best = Best.load(folder / "best.json")
+            headline = vars(Rates.of(findings))
+            accelerator.log({f"selection/{name}": value for name, value in headline.items()}, step=step_of(checkpoint))
+            best = chosen_after(checkpoint)
             rotate(folder / "checkpoints", config.run.keep, folder / "checkpoints" / best.checkpoint)
         accelerator.wait_for_everyone()
         return Best.load(folder / "best.json")
 
-    accelerator.init_trackers("avbalance", config={"run": config.run.folder})
+    named = {"name": folder.name}  # a run taken up again goes on under its name
+    also = {"trackio": named | {"resume": "allow", "embed": False}, "wandb": named | {"dir": str(folder)}}
+    accelerator.init_trackers("avbalance", config={"run": config.run.folder}, init_kwargs=also)
     console.print(f"[bold]Training[/bold] {plan.steps.value} steps, LoRA on {len(plan.lora_targets)} modules, weights {plan.weights()}")
     best = train(config, plan, model, clips, accelerator, diagnose_checkpoint)
+    if best.stopped:
+        console.print(best.stopped)
     console.print(f"[bold]Best checkpoint[/bold] {best.checkpoint}. {best.because}")
 
     chosen = folder / "checkpoints" / best.checkpoint
@@ -175,16 +222,24 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepare_deepspeed(accelerator, config)
     decoder, optimizer = accelerator.prepare(model.decoder, adamw)
+    ema = Ema(model.trainable_parameters(), config.lora.ema) if config.lora.ema else None
+
+    def judged(step: int) -> Best:
+        """The best checkpoint once that of `step` is diagnosed; what is diagnosed is what the checkpoint holds."""
+        with ema.applied() if ema else nullcontext():
+            return after_checkpoint(folder / "checkpoints" / f"step_{step:06d}")
 
     done, best = 0, None
     answers: Answers = {}
     if checkpoints := whole_checkpoints(folder / "checkpoints"):
-        done, answers = load_checkpoint(checkpoints[-1], model, adamw, accelerator)
-        best = after_checkpoint(checkpoints[-1])
+        done, answers = load_checkpoint(checkpoints[-1], model, adamw, accelerator, ema)
+        best = judged(done)
     if accelerator.is_main_process:
         forget_metrics_after(folder / "metrics.jsonl", done)
     bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     for step in range(done, steps):
+        if best is not None and best.stopped:
+            break
         began = time.perf_counter()
         torch.manual_seed((config.run.seed * 1_000_003 + step) * 4096 + accelerator.process_index)  # dropout
         for group in optimizer.param_groups:
@@ -204,6 +259,8 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
                 optimizer.step()
                 optimizer.zero_grad()
             sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}
+        if ema:
+            ema.update(step)
         means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean").tolist()
         record = dict(zip(sums, means, strict=True)) | {"loss": sum(weights[n] * m for n, m in zip(sums, means, strict=True))}
         if accelerator.is_main_process:
@@ -216,9 +273,9 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
         if (step + 1) % every == 0 or step + 1 == steps:
             for others in gather_object([list(answers.items())]):  # so that what a process knows does not depend on when the run was killed
                 answers.update({key: ids for key, ids in others if key not in answers})
-            save_checkpoint(folder / "checkpoints", step + 1, model, adamw, answers, accelerator)
+            save_checkpoint(folder / "checkpoints", step + 1, model, adamw, answers, accelerator, ema)
             accelerator.wait_for_everyone()
-            best = after_checkpoint(folder / "checkpoints" / f"step_{step + 1:06d}")
+            best = judged(step + 1)
             bar.set_postfix_str(status(record, best))
     bar.close()
     if best is None:
@@ -242,10 +299,10 @@ def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
 def status(record: dict[str, float], best: Best | None) -> str:
     """What the bar shows: loss terms and, once a checkpoint has been diagnosed, the rates of the newest."""
     short = {"counterfactual_ce": "ce", "distillation": "kd", "mirror": "mirror", "states": "states", "retention": "keep", "loss": "loss"}
-    text = " ".join(f"{short[name]} {value:.3f}" for name, value in record.items())
+    text = " ".join(f"{short.get(name, name)} {value:.3f}" for name, value in record.items())
     if best is not None:
-        newest = best.candidates[max(best.candidates)]
-        text += f" | conflicts: hear {100 * newest['hear_conflicts']:.0f} % see {100 * newest['see_conflicts']:.0f} %"
+        audio, vision, see = (100 * best.candidates[best.newest][name] for name in ("hear_conflicts", "vision_following", "see_conflicts"))
+        text += f" | conflicts: hear follows audio {audio:.0f} % vision {vision:.0f} %, see {see:.0f} %"
     return text
 
 
@@ -255,7 +312,7 @@ def raise_not_finite(folder: Path, step: int, asks: Sequence, terms: dict[str, t
     values = {name: str(term.item()) for name, term in terms.items()}
     write_json(path, {"step": step + 1, "terms": values, "asks": [[a.clip.id, a.question] for a in asks]})
     raise TrainError(
-        f"The gradient of step {step + 1} is not finite (terms: {values}). The parameters were left as they were; the batch is in {path}. "
+        f"The gradient of step {step + 1} is not finite (terms: {values}). No checkpoint has this step in it; the batch is in {path}. "
         "A smaller --schedule.lr or --schedule.clip usually helps; with bfloat16, try --model.dtype float32."
     )
 

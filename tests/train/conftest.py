@@ -1,9 +1,12 @@
 """Six classes of real clips and a tiny random model; an Accelerator on the CPU."""
 
+import dataclasses
+import json
 import os
 
 import pytest
 import torch
+import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -69,3 +72,34 @@ def plan(config):
         effect.start, effect.stop = min(effect.start, 1), min(effect.stop, 3)
         findings.knockout.append(effect)
     return make_plan(findings, config)
+
+
+QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "flips": 10}
+TEST = QUICK | {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
+
+
+@pytest.fixture
+def arguments(clips, tiny_folder, tmp_path):
+    """Command-line arguments of a run of 4 steps with 2 checkpoints, in a folder of its own."""
+    settings = {
+        "model": {"path": str(tiny_folder)},
+        "data": {"clips": str(clips.root), "build": json.loads(json.dumps(dataclasses.asdict(BUILD)))},
+        "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "layers": [0, 1, 2], "projections": ["q_proj", "o_proj"]},
+        "loss": {"require_bias": False, "teacher_cut": "video->emitters 0:3", "mirror_cut": "audio->emitters 0:3", "max_answer_tokens": 4},
+        "schedule": {"steps": 4, "grids": 2, "checkpoint_every": 2},
+        "diagnosis": {"plan": QUICK | {"knockout": 0, "knockout_factual": 0}, "selection": QUICK, "test": TEST},
+        "run": {"threads": 1, "folder": str(tmp_path / "run")},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path)]
+
+
+def result(folder):
+    """Everything a run ends with that must not depend on interruptions: adapters byte for byte, numbers without the clock."""
+    adapters = {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/adapter/adapter_model.safetensors"))}
+    states = {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/state/optimizer.safetensors"))}
+    metrics = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    after = json.loads((folder / "findings" / "after.json").read_text())
+    after["adapter"] = None  # its path names the run folder
+    return adapters, states, metrics, json.loads((folder / "best.json").read_text()), after, json.loads((folder / "plan.json").read_text())

@@ -12,7 +12,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from models import ModelError
 from tests.train.findings_by_hand import biased, following
-from train.best import choose_best
+from train.best import Best, Rates, choose_best, stop_reason
 from train.checkpoints import CheckpointError, check, clear_leftovers, load_adapter, load_checkpoint, rotate, save_checkpoint, whole_checkpoints
 from train.files import write_text
 
@@ -205,3 +205,24 @@ def test_if_none_keeps_within_the_bound_the_least_harm_wins_and_it_is_said(tmp_p
 def test_without_a_diagnosed_checkpoint_there_is_no_choice(tmp_path):
     with pytest.raises(CheckpointError, match="no diagnosed checkpoint"):
         choose_best(tmp_path, biased(), 0.01, 0.01)
+
+
+def test_rates_are_read_from_the_rows_they_are_named_after():
+    rows = [following("factual", "hear", 0.5), following("factual", "see", 0.6), following("counterfactual", "hear", 0.2, 0.7)]
+    rates = Rates.of(biased(following=[*rows, following("counterfactual", "see", 0.9, 0.05)]))
+    assert rates == Rates(hear_conflicts=0.2, see_conflicts=0.9, hear_factual=0.5, see_factual=0.6, vision_following=0.7)
+
+
+def test_the_stop_rule_counts_checkpoints_after_the_best(tmp_path):
+    candidates = {"step_000150": {}, "step_000400": {}}  # those between were cleared away
+    best = Best("step_000150", "", True, Rates.of(biased()), candidates)
+    steps = [50, 100, 150, 200, 250, 400]
+    assert best.newest == "step_000400"
+    assert stop_reason(best, steps, 4) is None and stop_reason(best, steps, -1) is None
+    reason = stop_reason(best, [*steps, 450], 3)  # what lies after the newest (it was deleted by hand) does not count
+    assert reason == "Stopped after step 400: none of the last 3 checkpoints was better than that of step 150 (schedule.patience 3)."
+    best.checkpoint = "step_000400"
+    assert stop_reason(best, steps, 1) is None
+    best.stopped = reason
+    best.save(tmp_path / "best.json")
+    assert Best.load(tmp_path / "best.json") == best

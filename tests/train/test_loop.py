@@ -1,6 +1,5 @@
 """The whole job with a tiny random model: stages, resuming to the same bytes, refusals."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -9,43 +8,13 @@ import sys
 import time
 
 import pytest
-import yaml
 
 import train.checkpoints
 import train.loop
-from tests.train.conftest import BUILD
+from tests.train.conftest import result
+from train.best import Best, Rates
 from train.config import SchedulePart
-from train.loop import default_threads, learning_rate, main
-
-QUICK = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "flips": 10}
-TEST = QUICK | {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "knockout": 0, "knockout_factual": 0}
-
-
-@pytest.fixture
-def arguments(clips, tiny_folder, tmp_path):
-    """Command-line arguments of a run of 4 steps with 2 checkpoints, in a folder of its own."""
-    settings = {
-        "model": {"path": str(tiny_folder)},
-        "data": {"clips": str(clips.root), "build": json.loads(json.dumps(dataclasses.asdict(BUILD)))},
-        "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "layers": [0, 1, 2], "projections": ["q_proj", "o_proj"]},
-        "loss": {"require_bias": False, "teacher_cut": "video->emitters 0:3", "mirror_cut": "audio->emitters 0:3", "max_answer_tokens": 4},
-        "schedule": {"steps": 4, "grids": 2, "checkpoint_every": 2},
-        "diagnosis": {"plan": QUICK | {"knockout": 0, "knockout_factual": 0}, "selection": QUICK, "test": TEST},
-        "run": {"threads": 1, "folder": str(tmp_path / "run")},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return ["--config", str(path)]
-
-
-def result(folder):
-    """Everything a run ends with that must not depend on interruptions: adapters byte for byte, numbers without the clock."""
-    adapters = {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/adapter/adapter_model.safetensors"))}
-    states = {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/state/optimizer.safetensors"))}
-    metrics = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    after = json.loads((folder / "findings" / "after.json").read_text())
-    after["adapter"] = None  # its path names the run folder
-    return adapters, states, metrics, json.loads((folder / "best.json").read_text()), after, json.loads((folder / "plan.json").read_text())
+from train.loop import default_threads, learning_rate, main, status
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +89,48 @@ def test_killed_it_ends_with_the_same_bytes(arguments, tmp_path, uninterrupted):
     assert not (folder / "findings" / "after.json").exists()
     assert main(arguments) == 0
     assert result(folder) == uninterrupted["result"]
+
+
+def test_a_run_stops_when_its_best_checkpoint_is_old_and_does_so_again_when_resumed(arguments, tmp_path, monkeypatch, capsys):
+    """The tiny model learns nothing, so that its first checkpoint is the best one is made up; all else is real."""
+    real, loss = train.loop.choose_best, train.loop.sample_step
+
+    def the_first(*args):
+        best = real(*args)
+        best.checkpoint = min(best.candidates)
+        return best
+
+    def interrupted(clips, config, plan, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return loss(clips, config, plan, step)
+
+    monkeypatch.setattr(train.loop, "choose_best", the_first)
+    patient = [*arguments, "--schedule.steps", "9", "--schedule.checkpoint-every", "1", "--schedule.patience", "4", "--run.keep", "1"]
+    patient += ["--run.diagnoses", str(tmp_path / "common")]
+    assert main(patient) == 0
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000005"]  # 2 to 5 came after the best
+    best = json.loads((folder / "best.json").read_text())
+    assert best["checkpoint"] == "step_000001" and best["stopped"].startswith("Stopped after step 5: none of the last 4 checkpoints")
+    assert best["stopped"] in " ".join(capsys.readouterr().out.split())
+    ended = result(folder)
+    assert [line["step"] for line in ended[2]] == [1, 2, 3, 4, 5]
+    again = [*patient, "--run.folder", str(tmp_path / "again")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.loop, "sample_step", interrupted)
+        main(again)
+    assert main(again) == 0
+    assert result(tmp_path / "again") == ended
+    assert main(again) == 0  # stays stopped
+    assert result(tmp_path / "again") == ended
+
+
+def test_the_bar_shows_terms_and_what_the_newest_checkpoint_follows():
+    rates = {"hear_conflicts": 0.25, "see_conflicts": 0.5, "hear_factual": 1.0, "see_factual": 1.0, "vision_following": 0.75}
+    best = Best("step_000100", "", True, Rates(0, 0, 0, 0, 0), {"step_000100": dict.fromkeys(rates, 0.9), "step_000200": rates})
+    assert status({"counterfactual_ce": 1.0, "loss": 2.0}, None) == "ce 1.000 loss 2.000"
+    assert status({"loss": 2.0}, best) == "loss 2.000 | conflicts: hear follows audio 25 % vision 75 %, see 50 %"
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, tmp_path, capsys):
