@@ -44,7 +44,7 @@ from data.build import build
 from data.clips import Clips, DataError, load_clips
 from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
-from train.batches import Answers, loss_terms, make_micro, sample_step, share, training_clips
+from train.batches import Answers, Group, loss_terms, make_micro, sample_step, share, training_clips
 from train.best import Best, Rates, choose_best, stop_reason
 from train.checkpoints import (
     CheckpointError,
@@ -144,7 +144,11 @@ def run(config: Config) -> Path:
 
     def planned(path: Path) -> None:
         plan = make_plan(found, config)
-        plan.lora_targets = model.lora_targets(plan.lora_layers.value, plan.lora_projections.value)
+        plan.lora_targets = {
+            name: rank
+            for layer, rank in zip(plan.lora_layers.value, plan.lora_ranks.value, strict=True)
+            for name in model.lora_targets([layer], plan.lora_projections.value)
+        }
         plan.save(path)
 
     found = diagnosed(folder / "findings" / "plan.json", "plan", part.plan, "Diagnosing the plan split", untrained=True)
@@ -163,7 +167,7 @@ def run(config: Config) -> Path:
         best = choose_best(folder / "checkpoints", start, part.retention_bound, part.tie)
         if step_of(checkpoint) < plan.steps.value:
             diagnosed_steps = [step_of(Path(p.stem)) for p in (folder / "findings").glob("step_*.json")]
-            best.stopped = stop_reason(best, diagnosed_steps, config.schedule.patience or -1)
+            best.stopped = stop_reason(best, diagnosed_steps, plan.stop.value)
         best.save(path)
         return best
 
@@ -213,7 +217,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     every = steps if schedule.checkpoint_every == -1 else schedule.checkpoint_every
     weights = plan.weights()
     torch.manual_seed(config.run.seed)
-    model.add_lora(plan.lora_targets, config.lora.r, config.lora.alpha, config.lora.dropout)
+    model.add_lora(list(plan.lora_targets), config.lora.r, config.lora.alpha, config.lora.dropout, plan.lora_targets)
     if schedule.gradient_checkpointing:
         cast(Any, model.text_model).gradient_checkpointing_enable({"use_reentrant": False})
     model.precompute(training_clips(clips, config.data.train_on), clips.root, progress=accelerator.is_main_process)
@@ -246,16 +250,15 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
             group["lr"] = learning_rate(step, steps, schedule)
         groups, sums = sample_step(clips, config, plan, step), dict.fromkeys(weights, 0.0)
         for part in range(schedule.accumulate):
-            asks = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
-            micro = make_micro(model, asks, clips.root, plan, answers, config.loss.max_answer_tokens)
+            mine = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
+            micro = make_micro(model, mine, clips.root, plan, config.loss, answers, ema.applied if ema else None)
             decoder.train()
             with accelerator.accumulate(decoder):
-                out = decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"] if "states" in weights else None)
-                terms = loss_terms(out.logits.float(), micro, out.states)
+                terms = loss_terms(model, decoder(**micro.inputs), micro, plan)
                 accelerator.backward(total(terms, weights))
                 norm = accelerator.clip_grad_norm_(parameters, schedule.clip) if accelerator.sync_gradients else None
                 if accelerator.sync_gradients and norm is not None and not math.isfinite(norm):
-                    raise_not_finite(folder, step, asks, terms)
+                    raise_not_finite(folder, step, mine, terms)
                 optimizer.step()
                 optimizer.zero_grad()
             sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}
@@ -306,11 +309,11 @@ def status(record: dict[str, float], best: Best | None) -> str:
     return text
 
 
-def raise_not_finite(folder: Path, step: int, asks: Sequence, terms: dict[str, torch.Tensor]) -> None:
+def raise_not_finite(folder: Path, step: int, groups: Sequence[Group], terms: dict[str, torch.Tensor]) -> None:
     """Save the batch and stop."""
     path = folder / f"not_finite_{os.getpid()}.json"
     values = {name: str(term.item()) for name, term in terms.items()}
-    write_json(path, {"step": step + 1, "terms": values, "asks": [[a.clip.id, a.question] for a in asks]})
+    write_json(path, {"step": step + 1, "terms": values, "asks": [[a.clip.id, a.question] for group in groups for a in group.asks]})
     raise TrainError(
         f"The gradient of step {step + 1} is not finite (terms: {values}). No checkpoint has this step in it; the batch is in {path}. "
         "A smaller --schedule.lr or --schedule.clip usually helps; with bfloat16, try --model.dtype float32."

@@ -127,8 +127,8 @@ def latent_readout(lens_logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor
     """Latent read-out: mean over answers of the mean over layers, question rows q and label tokens t of −log softmax(W norm(h_l,q))[t].
 
     The logit lens (through the final norm) at question rows in the plan's causal layers is to name the sound. Defined by this project; deep
-    supervision as in Lee et al. 2015 (arXiv 1409.5185). lens_logits: (layers, answers, rows, vocabulary). rows: (answers, rows) True where there is one. targets:
-    (answers, tokens) of the label, -100 where padded. Cost: the head at every question row, once a layer.
+    supervision as in Lee et al. 2015 (arXiv 1409.5185). lens_logits: (layers, answers, rows, vocabulary). rows: (answers, rows) True where there is
+    one. targets: (answers, tokens) of the label, -100 where padded. Cost: the head at every question row, once a layer.
     """
     logp, mask = functional.log_softmax(lens_logits, dim=-1), targets != IGNORED
     index = targets.clamp_min(0)[None, :, None].expand(*logp.shape[:3], -1)
@@ -139,8 +139,8 @@ def latent_readout(lens_logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor
 def attention_balance(mass: Tensor, share: float = 0.5) -> Tensor:
     """Attention balance: mean over answers and layers of max(0, ½ − A_audio / (A_audio + A_video)), on hear-questions.
 
-    A: attention mass from the emitters, mean over heads. Layers are those where cutting attention to video changes answers (the plan's causal ones),
-    not those that merely attend much. mass: (layers, answers, 2), audio and video. Cost: attention weights of the emitter rows, computed a second time.
+    A: attention mass from the emitters, mean over heads. The layers are those where cutting attention to video changes answers (the plan's causal
+    ones), not those that merely attend much. mass: (layers, answers, 2), audio and video. Cost: the emitters' attention weights, a second time.
     """
     return (share - mass[..., 0] / mass.sum(-1).clamp_min(1e-12)).clamp_min(0.0).mean()
 

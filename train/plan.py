@@ -78,7 +78,7 @@ class Plan:
     conditions: Choice
     steps: Choice
     stop: Choice
-    lora_targets: list[str] = dataclasses.field(default_factory=list)  # modules that the layers and projections come to, in this model
+    lora_targets: dict[str, int] = dataclasses.field(default_factory=dict)  # modules that the layers and projections come to in this model -> rank
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss term that is on."""

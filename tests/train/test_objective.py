@@ -5,7 +5,21 @@ import math
 import pytest
 import torch
 
-from train.objective import counterfactual_ce, knockout_distillation, mean_over_answers, retention, state_distillation, total
+from train.objective import (
+    attention_balance,
+    base_divergence,
+    counterfactual_ce,
+    grid_hinge,
+    invariance,
+    knockout_distillation,
+    latent_readout,
+    mean_over_answers,
+    retention,
+    sensitivity,
+    state_distillation,
+    swap_preference,
+    total,
+)
 
 
 def logits_of(*rows):
@@ -113,3 +127,85 @@ def test_an_answer_without_tokens_is_refused():
 def test_total_by_hand():
     terms = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
     assert total(terms, {"a": 0.5, "b": 2.0, "c": 9.0}).item() == 7.0
+
+
+def test_grid_hinge_by_hand():
+    """Short by 0.5, by nothing, and with the wrong answer ahead by 1: max(0, 1 - (right - wrong)) = 0.5, 0, 2."""
+    right, wrong = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.5, -3.0, -2.0])
+    assert grid_hinge(right, wrong).item() == pytest.approx((0.5 + 0 + 2) / 3)
+
+
+def test_swap_preference_by_hand():
+    """Chosen gained 2 nats, rejected lost 3 against the reference: -log sigmoid(0.1 * 5)."""
+    value = swap_preference(torch.tensor([-4.0]), torch.tensor([-9.0]), torch.tensor([-6.0]), torch.tensor([-6.0]))
+    assert value.item() == pytest.approx(math.log(1 + math.exp(-0.5)))
+    same = torch.tensor([-4.0, -1.0])
+    assert swap_preference(same, same, same, same).item() == pytest.approx(math.log(2))
+
+
+def test_swap_preference_leaves_the_reference_alone():
+    chosen, rejected, ref = (torch.zeros(1, requires_grad=True) for _ in range(3))
+    swap_preference(chosen, rejected, ref, ref).backward()
+    assert ref.grad is None and chosen.grad.item() < 0 < rejected.grad.item()
+
+
+def test_invariance_by_hand_teaches_the_swapped_cell_only():
+    here, swapped = logits_of([0.75, 0.25])[None].requires_grad_(), logits_of([0.5, 0.5])[None].requires_grad_()
+    value = invariance(here, swapped, torch.tensor([[True]]))
+    assert value.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    value.backward()
+    assert here.grad is None and swapped.grad.abs().sum() > 0
+
+
+def test_sensitivity_by_hand_is_bounded():
+    """Two answers: the first diverges by 0.13 nats (0.87 short of 1), the second by 1.76, which is enough."""
+    here = torch.stack([logits_of([0.75, 0.25]), logits_of([0.9, 0.1])])
+    swapped = torch.stack([logits_of([0.5, 0.5]), logits_of([0.1, 0.9])]).requires_grad_()
+    first = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert 0.9 * math.log(9) + 0.1 * math.log(1 / 9) > 1
+    value = sensitivity(here, swapped, torch.tensor([[True], [True]]))
+    assert value.item() == pytest.approx((1 - first) / 2)
+    value.backward()
+    assert swapped.grad[0].abs().sum() > 0 and swapped.grad[1].abs().sum() == 0
+
+
+def test_base_divergence_by_hand():
+    """Margins 2, and capped at -s(y|v) = 0.5: max(0, 2 - (−1 + 4)) = 0, max(0, 2 - (−3 + 4)) = 1, max(0, 0.5 - (−0.2 + 0.5)) = 0.2."""
+    heard, unheard = torch.tensor([-1.0, -3.0, -0.2], requires_grad=True), torch.tensor([-4.0, -4.0, -0.5], requires_grad=True)
+    value = base_divergence(heard, unheard)
+    assert value.item() == pytest.approx((0 + 1 + 0.2) / 3)
+    value.backward()
+    assert unheard.grad is None and heard.grad.tolist() == pytest.approx([0, -1 / 3, -1 / 3])
+
+
+def test_latent_readout_by_hand():
+    """One layer, two answers; the first has one question row and a label of two tokens, the second two rows and one token."""
+    lens = torch.stack([logits_of([0.5, 0.25, 0.25], [0.2, 0.2, 0.6]), logits_of([0.1, 0.8, 0.1], [0.5, 0.3, 0.2])])[None]
+    rows, targets = torch.tensor([[True, False], [True, True]]), torch.tensor([[-100, 0, 1], [-100, 1, -100]])
+    first, second = -(math.log(0.5) + math.log(0.25)) / 2, -(math.log(0.8) + math.log(0.3)) / 2
+    assert latent_readout(lens, rows, targets).item() == pytest.approx((first + second) / 2)
+    two_layers = torch.cat([lens, lens.roll(1, -1)])
+    assert latent_readout(two_layers, rows, targets).item() != pytest.approx((first + second) / 2)
+
+
+def test_attention_balance_by_hand():
+    """Audio's shares 0.25 and 0.6 in one layer, 0.5 and 0 in the other: short by 0.25, 0, 0, 0.5."""
+    mass = torch.tensor([[[0.1, 0.3], [0.3, 0.2]], [[0.2, 0.2], [0.0, 0.4]]])
+    assert attention_balance(mass).item() == pytest.approx((0.25 + 0 + 0 + 0.5) / 4)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda x: grid_hinge(x[:, 0], x[:, 1]),
+        lambda x: swap_preference(x[:, 0], x[:, 1], torch.zeros(3), torch.ones(3)),
+        lambda x: invariance(torch.ones(3, 1, 4).double(), x[:, None], torch.ones(3, 1, dtype=torch.bool)),
+        lambda x: sensitivity(torch.arange(12).reshape(3, 1, 4).double() / 9, x[:, None], torch.ones(3, 1, dtype=torch.bool)),
+        lambda x: base_divergence(x[:, 0], -torch.ones(3).double() * 3),
+        lambda x: latent_readout(x[None, :, None], torch.ones(3, 1, dtype=torch.bool), torch.tensor([[0, 2], [1, -100], [3, 3]])),
+        lambda x: attention_balance(x[None, :, :2].exp()),
+    ],
+)
+def test_gradients_against_finite_differences(term):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5
+    assert torch.autograd.gradcheck(term, x.requires_grad_())
