@@ -28,7 +28,7 @@ def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
     above = [Effect(0.1, 0.05, 0.15, 600, 41, 0.001, 0.004, 0.5)] * (LAYERS + 1)
 
     def follow(condition, question, a, v):
-        return Following(condition, question, e(a), e(v), e(0.0), e(1 - a - v), e(0.0), e(v if question == "see" and v else a))
+        return Following(condition, question, e(a), e(v), e(0.0), e(1 - a - v), e(0.0), e(0.0), e(v if question == "see" and v else a))
 
     def cut(site, start, stop, family, condition):
         return CutEffect(site, start, stop, family, condition, "hear", e(0.3), None, e(0.777), e(0.111))
@@ -229,7 +229,7 @@ def test_empty_findings_and_unmeasured_numbers(clips, tmp_path):
     nothing = Estimate(None, None, None, 0, 0)
     hollow = Findings(
         "m", None, None, "test", "h", 1, {},
-        following=[Following("counterfactual", "hear", *[nothing] * 6)],
+        following=[Following("counterfactual", "hear", *[nothing] * 7)],
         reliance=[Reliance("hear", nothing, nothing, nothing)],
         knockout=[CutEffect("video->emitters", 0, 1, "from", "counterfactual", "hear", nothing, None, nothing, nothing)],
         flow=[Flow("emitters", "plain", "factual", {"audio": [nothing]})],
