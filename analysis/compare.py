@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.events import VERDICTS
 from analysis.fidelity import caption_key
 from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
 from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tuned_item, unpacked
@@ -126,7 +127,7 @@ def _name(findings: Findings) -> str:
 def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     """Every estimate of the findings under the key that both sides share."""
     for f in findings.following:
-        for measure in ("audio", "vision", "both", "neither", "unparsed", "correct"):
+        for measure in (*VERDICTS, "correct"):
             yield Key("following", f.condition, f.question, "", measure), getattr(f, measure)
     for r in findings.reliance:
         for measure in ("shortcut", "effect_audio", "effect_video"):

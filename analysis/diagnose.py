@@ -48,6 +48,9 @@ from models import AVLLM, SITES, load_model
 PACKAGES = ("torch", "transformers", "peft", "numpy", "av", "torchvision")
 PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "min_frames", "sampling_rate", "hop_length", "feature_size")
 
+BARE = {"muted": "muted", "near_silent": "muted", "blanked": "blanked", "near_black": "blanked"}  # condition of findings -> of the clips
+NEAR = ("near_silence", "near_black")  # renderings of a stream that is noise too faint to hear, or to see
+
 T = TypeVar("T")
 
 
@@ -57,14 +60,17 @@ class Chosen(NamedTuple):
     factual: list[Clip]
     counterfactual: list[Clip]
     grids: list[Grid]
+    bare: dict[str, list[Clip]]  # condition -> clips that lack a stream
 
 
 def choose(clips: Clips, split: str, settings: DiagnoseSettings) -> Chosen:
-    """The subset of a split: grids in hash order, then the clips in the order in which these grids name them, then clips of no grid."""
+    """The subset of a split: grids in hash order, then the clips in the order in which these grids name them, then clips of no grid; and clips that
+    lack a stream.
+    """
     by_id = clips.by_id()
     grids = sorted((g for g in clips.grids if g.split == split), key=lambda g: _hash(settings.seed, g.id))
 
-    def ordered(condition: str, cells: Callable[[Grid], tuple[str, str]]) -> list[Clip]:
+    def ordered(condition: str, cells: Callable[[Grid], tuple[str, ...]] = lambda _: ()) -> list[Clip]:
         rest = sorted(clips.select(split, condition), key=lambda c: _hash(settings.seed, c.id))
         named = [by_id[name] for grid in grids for name in cells(grid)]
         return list({c.id: c for c in [*named, *rest]}.values())
@@ -73,7 +79,13 @@ def choose(clips: Clips, split: str, settings: DiagnoseSettings) -> Chosen:
         first(ordered("factual", lambda g: (g.oo, g.xx)), settings.factual),
         first(ordered("counterfactual", lambda g: (g.ox, g.xo)), settings.counterfactual),
         first(grids, settings.grids),
+        {name: first([c for c in ordered(of) if _is_near(c) == name.startswith("near")], settings.bare) for name, of in BARE.items()},
     )
+
+
+def _is_near(clip: Clip) -> bool:
+    """Whether the missing stream of a muted or blanked clip is noise."""
+    return (clip.audio_rendering if clip.condition == "muted" else clip.video_rendering) in NEAR
 
 
 def _hash(seed: int, name: str) -> str:
@@ -182,6 +194,8 @@ class _Diagnosis:
         for condition, clips in self.conditions.items():
             if not clips:
                 out.append(f"Nothing was measured on {condition} clips: there are none in the split, or none were asked for.")
+        if settings.bare != 0 and not any(chosen.bare.values()):
+            out.append("Abstention was not measured on muted and blanked clips: there are none in the split.")
         following, scores = FollowingTally(), ScoreTable()
         want_grids(scores, chosen.grids, self.by_id)
         flow = FlowTally() if settings.flow else None
@@ -277,7 +291,9 @@ class _Diagnosis:
                 yield Job(condition, start, list(clips[start : min(end, start + self.settings.batch)]), mine, steps=steps, **how)
 
     def _visits(self, scores: ScoreTable) -> list[Job]:
-        """The clips asked about; with one stream only; of unseen sources; those of grids that are not among them; controls of the probes."""
+        """The clips asked about; with one stream only; with nothing in a stream; of unseen sources; those of grids that are not among them; and
+        controls of the probes.
+        """
         settings, jobs = self.settings, list[Job]()
         for condition, clips in self.conditions.items():
             conflict = None if condition == "counterfactual" else 0
@@ -288,6 +304,8 @@ class _Diagnosis:
         alone = first(self.chosen.factual, settings.alone)
         jobs += self._jobs("audio_only", alone, {"following": None}, video=False)
         jobs += self._jobs("video_only", alone, {"following": None}, audio=False)
+        for condition, clips in self.chosen.bare.items():
+            jobs += self._jobs(condition, clips, {"following": None, "captions": settings.captions})
         for condition, clips in self.unseen.items():
             jobs += self._jobs(condition, clips, {"following": None})
         there = {clip.id for clips in self.conditions.values() for clip in clips}
@@ -364,7 +382,9 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
         **asked,
         "subset": (
             f"{len(chosen.factual)} of {there['factual']} factual and {len(chosen.counterfactual)} of {there['counterfactual']} counterfactual clips "
-            f"and {len(chosen.grids)} of {sum(g.split == split for g in clips.grids)} grids of the {split} split, the first by sha256 of seed and id"
+            f"and {len(chosen.grids)} of {sum(g.split == split for g in clips.grids)} grids of the {split} split"
+            + "".join(f", {len(found)} {name.replace('_', '-')}" for name, found in chosen.bare.items() if found)
+            + ", the first by sha256 of seed and id"
         ),
         "questions": {modality: question(modality) for modality in QUESTIONS},
         "system_prompt": model.system_prompt,

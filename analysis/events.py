@@ -13,9 +13,9 @@ without before the phrase names nothing. No model and no network is involved; th
 
 An answer that names no known event may say that there is nothing to hear (to see): "nothing", "no sound", "I can't hear anything", "it is silent",
 "a black screen". Of the clauses only those about the stream asked about count: a clause is about what its own words say ("I see", "audible"), else
-about the same as the clause before it in the sentence, else about what the question asks for. What is said to be heard (seen) after all ("I hear music"), what
-leaves something over ("nothing but wind", "no other sound", "nothing unusual", "silence, then music") and the denial of a single event ("no dog
-barking") is not nothing.
+about the same as the clause before it in the sentence, else about what the question asks for. What is said to be heard (seen) after all ("I hear
+music"), what leaves something over ("nothing but wind", "no other sound", "nothing unusual", "silence, then music") and the denial of a single
+event ("no dog barking") is not nothing.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ _BOTH = re.compile(
 )  # "I can't see or hear anything" is one clause
 _NO = r"\b(?:not|never|without|neither|nor|cannot|cant|unable|nothing)\b"
 _ANY = r"(?:audible|discernible|detectable|perceptible|noticeable|actual|apparent|visible|visual)"
+_IS = r"(?:is|are|was|seems|appears)\s+(?:to be\s+)?(?:completely\s+)?"
 _THING: dict[Modality, str] = {
     "hear": r"(?:sounds?(?:\s?track)?|audio(?:\s+track)?|noises?)",
     "see": r"(?:pictures?|images?|visuals?|video|objects?|visual content)",
@@ -167,13 +168,14 @@ _LEFT_OVER = re.compile(  # what these say is that there is something
 _ONLY_AT_FIRST = re.compile(r"\b(?:then|until|at first|initially)\b")
 _DENIES: dict[Modality, re.Pattern[str]] = {
     "hear": re.compile(
-        rf"(?<!not )\b(?:silence(?!\s+(?:is|was)\s+broken)|silent|soundless|inaudible)\b|\b(?:muted?|quiet)\W*$|{_NO}\s+hear(?:ing)?\W*$|\bnot audible\b"
-        r"|\b(?:sounds?|audio|track|soundtrack)\s+(?:is|are|was|seems|appears)\s+(?:to be\s+)?(?:completely\s+)?(?:empty|missing|absent|off)\b"
+        rf"(?<!not )\b(?:silence(?!\s+(?:is|was)\s+broken)|silent|soundless|inaudible)\b|\b(?:muted?|quiet)\W*$"
+        rf"|{_NO}\s+hear(?:ing)?\W*$|\bnot audible\b|\b(?:sounds?|audio|track|soundtrack)\s+{_IS}(?:empty|missing|absent|off)\b"
     ),
     "see": re.compile(
-        r"(?<!not )(?<!not a )\b(?:black|blank|dark|empty)\s+(?:screen|frames?|pictures?|images?|video|clip|scene|view|background)\b(?!\s+(?:with|of|show))"
+        r"(?<!not )(?<!not a )\b(?:black|blank|dark|empty)\s+"
+        r"(?:screen|frames?|pictures?|images?|video|clip|scene|view|background)\b(?!\s+(?:with|of|show))"
         rf"|(?<!not )\b(?:black|blank|dark|invisible)\W*$|\b(?:darkness|blackness)\b|{_NO}\s+see(?:ing)?\W*$|\bnot visible\b"
-        r"|\b(?:pictures?|images?|video|screen)\s+(?:is|are|was|seems|appears)\s+(?:to be\s+)?(?:completely\s+)?(?:empty|missing|absent|off|black|blank)\b"
+        rf"|\b(?:pictures?|images?|video|screen)\s+{_IS}(?:empty|missing|absent|off|black|blank)\b"
     ),
 }
 _NOTHING: dict[Modality, re.Pattern[str]] = {

@@ -22,7 +22,8 @@ from analysis.judges import SIDES, Judge, JudgeError, Side, asked
 def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[CaptionFidelity]:
     """One row a judge, condition, question and cut, in the order of the captions.
 
-    Means of the sides' scores and the share with an invented event are over captions that the judge could read; `unparsed` is over all.
+    Means of the sides' scores and the share with an invented event are over captions that the judge could read; `unparsed` is over all. A side that
+    no clip has (muted, blanked) has no score.
     """
     groups: dict[tuple[str, str, str, str | None], list[tuple[Caption, CaptionScore]]] = {}
     for caption in captions:
@@ -33,6 +34,8 @@ def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[Caption
         parsed = [(caption, read) for caption, read in pairs if read.parsed]
         sides: dict[Side, Estimate | None] = dict.fromkeys(SIDES)
         for side in asked(modality):
+            if not any(caption.heard if side == "audio" else caption.seen for caption, _ in pairs):
+                continue
             scored = [(caption, value) for caption, read in parsed if (value := side_score(read, side)) is not None]
             sides[side] = _rate(items, caption_key(judge, condition, modality, cut, side), scored)
         unparsed = _rate(items, caption_key(judge, condition, modality, cut, "unparsed"), [(caption, not read.parsed) for caption, read in pairs])

@@ -15,7 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
+
+
+# Conditions and questions about a stream that is not there: not given to the model, or given with nothing in it.
+MISSING = (
+    ("muted", "hear"),
+    ("near_silent", "hear"),
+    ("video_only", "hear"),
+    ("blanked", "see"),
+    ("near_black", "see"),
+    ("audio_only", "see"),
+)
 
 
 class FindingsError(ValueError):
@@ -48,20 +59,28 @@ class Effect(Estimate):
 
 @dataclass
 class Following:
-    """What greedy answers name, as shares of the clips asked (audio + vision + both + neither + unparsed = 1).
+    """What greedy answers name, as shares of the clips asked (audio + vision + both + neither + nothing + unparsed = 1).
 
-    `audio`: only the heard label; `vision`: only the seen one; `both`; `neither`: some other known event;
-    `unparsed`: no known event at all. On factual clips the two labels agree, then `audio` counts a right answer and `vision`, `both` are 0.
+    `audio`: only the heard label; `vision`: only the seen one; `both`; `neither`: some other known event; `nothing`: no known event, and that there
+    is nothing to hear (see); `unparsed`: neither a known event nor that. On factual clips the two labels agree, then `audio` counts a right answer
+    and `vision`, `both` are 0.
     """
 
-    condition: str  # factual | counterfactual | audio_only | video_only | unseen_...
+    condition: str  # factual | counterfactual | audio_only | video_only | unseen_... | muted | near_silent | blanked | near_black
     question: str  # hear | see
     audio: Estimate
     vision: Estimate
     both: Estimate
     neither: Estimate
+    nothing: Estimate  # abstention
     unparsed: Estimate
-    correct: Estimate  # names the label that the question designates (alone)
+    correct: Estimate  # names the label that the question designates (alone); `nothing` where that stream is missing
+
+    @property
+    def invented(self) -> float | None:
+        """Share of answers that name a known event; about a stream that is missing, an invented one. None where nothing was measured."""
+        shares = [e.value for e in (self.audio, self.vision, self.both, self.neither)]
+        return None if None in shares else sum(v for v in shares if v is not None)
 
 
 @dataclass
@@ -189,13 +208,17 @@ class Sample:
     question: str
     modality: str  # hear | see
     answer: str
-    verdict: str  # audio | vision | both | neither | unparsed
+    verdict: str  # audio | vision | both | neither | nothing | unparsed
     video_source: str  # the picture and the recording the clip was made from: what intervals are clustered by
     audio_source: str
 
     @property
     def correct(self) -> bool:
-        """Whether the answer names, alone, what the question designates. On factual clips the labels agree and `audio` is the right verdict."""
+        """Whether the answer names, alone, what the question designates, or nothing where that stream is missing. On factual clips the labels agree
+        and `audio` is the right verdict.
+        """
+        if (self.condition, self.modality) in MISSING:
+            return self.verdict == "nothing"
         agree = self.condition.endswith("factual") and not self.condition.endswith("counterfactual")
         return self.verdict == ("audio" if agree or self.modality == "hear" else "vision")
 
@@ -239,7 +262,7 @@ class CaptionFidelity:
     condition: str
     question: str  # see | hear | both
     cut: str | None
-    audio: Estimate | None  # None where the question does not ask for the sound
+    audio: Estimate | None  # None where the question does not ask for the sound or no clip has one
     video: Estimate | None
     unparsed: Estimate
     invented: Estimate

@@ -26,8 +26,9 @@ from markupsafe import Markup
 from analysis.charts import RATES, Bar, Drawing, Series, bars, columns, joined, lines, span, stacked_rows, text
 from analysis.compare import Comparison
 from analysis.fidelity import agreement, caption_key
-from analysis.findings import CaptionFidelity, Estimate, Findings, Sample
+from analysis.findings import MISSING, CaptionFidelity, Estimate, Findings, Sample
 from analysis.tables import (
+    ABSTENTION,
     CONDITIONS,
     POSITIONS,
     QUESTIONS,
@@ -41,6 +42,7 @@ from analysis.tables import (
     layers,
     number,
     percent,
+    share,
     words,
 )
 from analysis.trajectory import headline as scalars
@@ -54,6 +56,7 @@ VERDICTS = {
     "vision": "names the picture",
     "both": "names both",
     "neither": "names something else",
+    "nothing": "says there is nothing",
     "unparsed": "names no known event",
 }
 VARIANTS = {"plain": "all mass", "no_sink": "without the first token", "value_norm": "weighted by value norm"}
@@ -105,6 +108,7 @@ def write_report(
         warnings=_warnings(ends),
         answers=_answers(ends),
         following=_following_table(ends, comparison),
+        abstention=_abstention_table(ends, comparison),
         reliance=_reliance_table(ends, comparison),
         captions=_captions(ends),
         fidelity=_fidelity_table(ends, comparison),
@@ -195,7 +199,7 @@ def headline_figure(path: str | os.PathLike, findings: list[Named]) -> None:
 
 
 def _tiles(ends: list[Named]) -> list[dict[str, str]]:
-    """The four numbers to look at first, each with before, after, interval and n."""
+    """The numbers to look at first, each with before, after, interval and n."""
     wanted = [
         ("Names the sound", "on conflicts, asked what it hears", "audio", lambda f: _rate(f, "counterfactual", "hear", "audio"), percent),
         ("Names the picture", "on conflicts, asked what it hears", "vision", lambda f: _rate(f, "counterfactual", "hear", "vision"), percent),
@@ -207,6 +211,7 @@ def _tiles(ends: list[Named]) -> list[dict[str, str]]:
             number,
         ),
         ("Right on factual clips", "asked what it hears", "", lambda f: _rate(f, "factual", "hear", "correct"), percent),
+        ("Says it hears nothing", "of silent clips, asked what it hears", "", lambda f: _rate(f, "muted", "hear", "nothing"), percent),
     ]
     tiles = []
     for title, note, tone, get, show in wanted:
@@ -281,10 +286,33 @@ def _following_table(ends: list[Named], comparison: Comparison | None) -> dict[s
     return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
 
 
+def _abstention_table(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
+    """Where nothing is there to hear (see), how often the answer says so and how often it names an event; and how often it says so where there is."""
+    if not any((f.condition, f.question) in MISSING for _, findings in ends for f in findings.following):
+        return None
+    header, rows = ["clips", "asked what it", "right if it"], []
+    for what in ("says nothing", "names an event"):
+        header += [f"{what}, {name}" if len(ends) > 1 else what for name, _ in ends]
+        header += ["difference, points"] if comparison and what == "says nothing" else []
+    for condition, question in ABSTENTION:
+        found = [f.following_rate(condition, question) for _, f in ends]
+        last = next((f for f in reversed(found) if f), None)
+        if last is None:
+            continue
+        row = [words(condition, CONDITIONS), f"{question}s", "abstains" if (condition, question) in MISSING else "does not"]
+        row += [percent(f.nothing) if f else "–" for f in found]
+        if comparison:
+            change = comparison.find("following", "nothing", condition, question)
+            row.append(percent(change.difference, signed=True) if change else "–")
+        rows.append([*row, *(share(f.invented) if f else "–" for f in found), counted(last.nothing)])
+    return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
+
+
 def _captions(ends: list[Named]) -> Drawing | None:
     """Scores of captions given without a cut: both sides of the answer to the both-question, one side of the others; by the first judge."""
     groups = []
-    for condition in dict.fromkeys(f.condition for _, findings in ends for f in findings.fidelity):
+    there = dict.fromkeys(f.condition for _, findings in ends for f in findings.fidelity)
+    for condition in [name for name in there if name.endswith("factual")]:  # clips that lack a stream are in the table only
         for question, asked in (("both", "what it sees and hears"), ("hear", "what it hears"), ("see", "what it sees")):
             shown = []
             for side, tone, label in (("audio", "audio", "sound side"), ("video", "vision", "picture side")):

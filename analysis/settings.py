@@ -22,6 +22,8 @@ class DiagnoseSettings:
     """Of the factual clips, how many are also asked about with sound only and with picture only."""
     unseen: int | None = None
     """Clips per condition of the split of unseen sources that are asked about beside the test split."""
+    bare: int | None = None
+    """Clips of each kind that lacks a stream: muted, near-silent, blanked, near-black."""
     grids: int | None = 300
     """2x2 grids for modality reliance."""
     flow: bool = True
@@ -77,8 +79,11 @@ class DiagnoseSettings:
 
     @classmethod
     def quick(cls, clips: int | None = 120, **changes: Any) -> DiagnoseSettings:
-        """Following and reliance only, on this many clips per condition (and half as many grids): what a checkpoint is judged by."""
-        return replace(cls(counterfactual=clips, factual=clips, grids=None if clips is None else clips // 2).answers_only(), **changes)
+        """Following and reliance only, on this many clips per condition, half as many grids, and a quarter as many clips of each kind that lacks a
+        stream: what a checkpoint is judged by.
+        """
+        grids, bare = (None, None) if clips is None else (clips // 2, clips // 4)
+        return replace(cls(counterfactual=clips, factual=clips, bare=bare, grids=grids).answers_only(), **changes)
 
     def answers_only(self) -> DiagnoseSettings:
         """The same clips, but only what answers follow, and reliance."""

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from analysis.compare import Change, Comparison
 from analysis.fidelity import Agreement
-from analysis.findings import CaptionFidelity, CutEffect, Effect, Estimate, Findings
+from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following
 
 CONDITIONS = {
     "counterfactual": "conflicts",
@@ -27,7 +27,13 @@ CONDITIONS = {
     "video_only": "picture alone",
     "unseen_factual": "factual, unseen",
     "unseen_counterfactual": "conflicts, unseen",
+    "muted": "sound silent",
+    "near_silent": "sound faint noise",
+    "blanked": "picture black",
+    "near_black": "picture faint noise",
 }
+# Where "nothing" is the right answer, and where it is false abstention.
+ABSTENTION = (*MISSING, ("factual", "hear"), ("factual", "see"), ("counterfactual", "hear"), ("counterfactual", "see"))
 QUESTIONS = {"hear": "the sound", "see": "the picture", "both": "both"}
 POSITIONS = {"audio": "audio tokens", "question": "question", "emitters": "answer", "last_prompt": "last prompt token"}
 STREAMS = {"audio": "the sound", "visual": "the picture"}
@@ -126,12 +132,21 @@ def findings_tables(findings: Findings) -> list[Table]:
     if findings.following:
         table = _table("What the answers name", "clips", "asked about", "names the sound", "names the picture", "other", "n (sources)")
         for f in findings.following:
-            other = sum(e.value or 0.0 for e in (f.both, f.neither, f.unparsed))
+            other = sum(e.value or 0.0 for e in (f.both, f.neither, f.nothing, f.unparsed))
             measured = f.audio.value is not None
             shown = f"{100 * other:.1f} %" if measured else "–"
             asked = words(f.question, QUESTIONS)
             table.add_row(words(f.condition, CONDITIONS), asked, percent(f.audio), percent(f.vision), shown, counted(f.audio))
         table.caption = "On factual clips sound and picture agree: an answer that names the event counts under “names the sound”."
+        tables.append(table)
+    if any(f.nothing.value is not None for f in abstention_rows(findings)):
+        table = _table("Says that there is nothing", "clips", "asked about", "right if it", "says nothing", "names an event", "n (sources)")
+        for f in abstention_rows(findings):
+            wanted = "abstains" if (f.condition, f.question) in MISSING else "does not"
+            table.add_row(
+                words(f.condition, CONDITIONS), words(f.question, QUESTIONS), wanted, percent(f.nothing), share(f.invented), counted(f.nothing)
+            )
+        table.caption = "Asked about a stream that is not there, an answer that names an event has made it up."
         tables.append(table)
     if findings.fidelity:
         tables.append(fidelity_table(findings.fidelity))
@@ -201,6 +216,11 @@ def findings_tables(findings: Findings) -> list[Table]:
     return tables
 
 
+def abstention_rows(findings: Findings) -> list[Following]:
+    """The rows where abstention is right, then those where it is wrong."""
+    return [row for condition, question in ABSTENTION if (row := findings.following_rate(condition, question))]
+
+
 def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
     """What captions get right, per judge, condition, question and cut."""
     table = _table("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", "unparsed", "n (sources)")
@@ -230,9 +250,21 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             named = "event" if c.condition in ("factual", "unseen_factual") else "sound" if c.measure == "audio" else "picture"
             if named == "event" and c.measure == "vision":
                 continue  # where sound and picture agree there is nothing else to name
+            if (c.condition, {"audio": "hear", "vision": "see"}[c.measure]) in MISSING:
+                continue  # the stream is not there
             rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), str((c.difference or c.after).n))
             table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), named, *rates)
         table.caption = "The difference is paired: the same clip under the same question. Its 95 % interval is clustered by source."
+        tables.append(table)
+    nothing = [change for pair in ABSTENTION if (change := comparison.find("following", "nothing", *pair)) and change.after.value is not None]
+    if nothing:
+        table = _table(
+            "Says that there is nothing, before and after", "clips", "asked about", "right if it", "before", "after", "difference, points", "n"
+        )
+        for c in nothing:
+            wanted = "abstains" if (c.condition, c.question) in MISSING else "does not"
+            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), str((c.difference or c.after).n))
+            table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), wanted, *rates)
         tables.append(table)
     for section, title, show, measures in _SECTIONS:
         rows = [c for c in comparison.changes if c.section == section and c.measure in measures]
@@ -289,7 +321,12 @@ def _peak(values: Sequence[Estimate]) -> int | None:
 
 
 def _short(estimate: Estimate) -> str:
-    return "–" if estimate.value is None else f"{100 * estimate.value:.1f} %"
+    return share(estimate.value)
+
+
+def share(value: float | None) -> str:
+    """A share without interval: `64.2 %`."""
+    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def _table(title: str, *headers: str) -> Table:

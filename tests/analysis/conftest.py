@@ -35,10 +35,10 @@ def model_folder(tmp_path_factory, clips):
     return folder / "avllm"
 
 
-def teach(model, clips, audio: bool, steps: int) -> None:
-    """Plain cross-entropy on see- and hear-questions about the factual test clips."""
+def teach(model, clips, audio: bool, steps: int, conditions: tuple[str, ...] = ("factual",)) -> None:
+    """Plain cross-entropy on see- and hear-questions about the test clips of these conditions."""
     examples = []
-    for clip in clips.select("test", "factual"):
+    for clip in (clip for condition in conditions for clip in clips.select("test", condition)):
         media = model.media(clip, clips.root, audio=audio)
         for modality in ("see", "hear"):
             examples.append(model.sequence(media, question(modality), *answer(modality, clip.seen, clip.heard)))

@@ -11,6 +11,7 @@ from scipy import stats
 
 from analysis.compare import Comparison, _rows, compare
 from analysis.diagnose import DiagnoseSettings, diagnose
+from analysis.events import VERDICTS
 from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Reliance, Shift, Tuned
 from analysis.items import ItemStore, Key, cut_item, packed, unpacked
 from analysis.statistics import Dyads, Intervals, shortcut
@@ -42,7 +43,7 @@ def kept(verdicts, scores, audio=(), video=(), clips=CLIPS):
     """Items: what each clip's answer names; s under two cuts; effects of grids; KL of two tokens, then of 0, 1 and 3."""
     store = ItemStore()
     group = store.of(*clips)
-    for measure in ("audio", "vision", "both", "neither", "unparsed", "correct"):
+    for measure in (*VERDICTS, "correct"):
         named = "audio" if measure == "correct" else measure
         group.keep(Key("following", "counterfactual", "hear", "", measure), [v == named for v in verdicts])
     for k, family in CUTS:
@@ -59,7 +60,7 @@ def kept(verdicts, scores, audio=(), video=(), clips=CLIPS):
 def findings(audio, items, **changes):
     made = Findings(
         "model", None, "base", "test", "hash", 2, {"dtype": "float32", "prompts": {"hear": "What do you hear?"}, "seed": 0, "device": "cpu"},
-        following=[Following("counterfactual", "hear", e(audio), e(0.5), e(0.0), e(0.0), e(0.0), e(audio))],
+        following=[Following("counterfactual", "hear", e(audio), e(0.5), e(0.0), e(0.0), e(0.0), e(0.0), e(audio))],
         reliance=[Reliance("hear", d(1.0), d(1.0), e(0.5))],
         knockout=[
             CutEffect("video->emitters", k, 2, family, "counterfactual", "hear", d(1.0 - k), d(1.0), e(0.9 - k / 2), e(0.1)) for k, family in CUTS

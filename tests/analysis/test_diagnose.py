@@ -11,10 +11,11 @@ from analysis.findings import Findings
 from data.clips import DataError
 from data.questions import question
 from models import SITES, load_model
+from tests.analysis.conftest import teach
 
 SMALL = DiagnoseSettings(
-    counterfactual=12, factual=6, alone=4, grids=4, shift=6, knockout=6, knockout_factual=2, knockout_media=2, knockout_width=2, probe_folds=3,
-    probe_random=True, max_new_tokens=10, flips=50, batch=7,
+    counterfactual=12, factual=6, alone=4, bare=3, grids=4, shift=6, knockout=6, knockout_factual=2, knockout_media=2, knockout_width=2,
+    probe_folds=3, probe_random=True, max_new_tokens=10, flips=50, batch=7,
 )  # fmt: skip
 
 
@@ -31,6 +32,10 @@ def test_everything_asked_for_is_there(findings, model, clips):
         "factual": 6,
         "audio_only": 4,
         "video_only": 4,
+        "muted": 3,
+        "near_silent": 3,
+        "blanked": 3,
+        "near_black": 3,
         "unseen_factual": 6,
         "unseen_counterfactual": len(clips.select("unseen", "counterfactual")),
     }
@@ -87,8 +92,11 @@ def test_batches_change_nothing(findings, model, clips, batch):
 
 def test_subsets_are_nested_and_follow_the_seed(clips):
     small, large = (choose(clips, "test", DiagnoseSettings(counterfactual=n, factual=n, grids=n)) for n in (4, 8))
-    for a, b in zip(small, large, strict=True):
+    for a, b in zip(small[:3], large[:3], strict=True):
         assert [x.id for x in a] == [x.id for x in b][:4]
+    few = choose(clips, "test", DiagnoseSettings(bare=2)).bare
+    for name, found in choose(clips, "test", DiagnoseSettings()).bare.items():
+        assert len(found) == 6 and few[name] == found[:2]  # of 12 clips that lack the stream, half are noise
     assert {c.id for c in small.counterfactual} == {name for g in small.grids[:2] for name in (g.ox, g.xo)}
     other = choose(clips, "test", DiagnoseSettings(counterfactual=8, factual=8, grids=8, seed=1))
     assert [c.id for c in other.counterfactual] != [c.id for c in large.counterfactual]
@@ -98,9 +106,61 @@ def test_subsets_are_nested_and_follow_the_seed(clips):
 
 def test_quick_is_following_and_reliance_only(model, clips):
     found = diagnose(model, clips, DiagnoseSettings.quick(6, max_new_tokens=10, flips=20), "selection", progress=False)
-    assert {f.condition for f in found.following} == {"factual", "counterfactual"} and len(found.reliance) == 2
+    assert {f.condition for f in found.following} == {"factual", "counterfactual", "muted", "near_silent", "blanked", "near_black"}
+    assert {f.nothing.n for f in found.following if f.condition not in ("factual", "counterfactual")} == {1} and len(found.reliance) == 2
     assert not (found.flow or found.lens or found.probes or found.shift or found.knockout) and found.latent is None
     assert any("Not measured: flow, lens, probes, token shift, caption fidelity, knockout" in s for s in found.left_out)
+
+
+def test_clips_that_lack_a_stream(findings, clips):
+    """Each kind by itself, answered as its clips are; intervals by the stream that is there; nothing counts where the other stream is asked about."""
+    by_id = clips.by_id()
+    kinds = {"muted": "silence", "near_silent": "near_silence", "blanked": "black", "near_black": "near_black"}
+    for condition, rendering in kinds.items():
+        there, missing = ("audio", "see") if rendering.endswith("black") else ("video", "hear")
+        for row in (findings.following_rate(condition, "hear"), findings.following_rate(condition, "see")):
+            samples = [s for s in findings.samples if (s.condition, s.modality) == (condition, row.question)]
+            mine = [by_id[s.clip] for s in samples]
+            assert len(mine) == row.nothing.n == 3
+            assert {c.audio_rendering if there == "video" else c.video_rendering for c in mine} == {rendering}
+            assert row.nothing.clusters == len({c.video_source if there == "video" else c.audio_source for c in mine})
+            assert row.nothing.value == sum(s.verdict == "nothing" for s in samples) / 3
+            assert row.correct.value == pytest.approx(sum(s.correct for s in samples) / 3)
+            assert row.invented == pytest.approx(sum(s.verdict in ("audio", "vision", "both", "neither") for s in samples) / 3)
+            if row.question == missing:
+                assert row.correct.value == row.nothing.value
+            else:
+                label = (lambda c: c.video_label) if there == "video" else (lambda c: c.audio_label)
+                assert row.correct.value == sum(s.verdict == ("vision" if there == "video" else "audio") for s in samples) / 3
+                assert all(label(c) for c in mine)
+        for caption in (c for c in findings.captions if c.condition == condition):
+            assert (caption.seen == "") == (there == "audio") and (caption.heard == "") == (there == "video")
+        for row in (f for f in findings.fidelity if f.condition == condition):
+            assert (row.audio is not None) == (there == "audio" and row.question != "see")
+            assert (row.video is not None) == (there == "video" and row.question != "hear")
+
+
+def test_a_split_without_clips_that_lack_a_stream(model, clips):
+    """People's own folders have none: nothing is measured there, and the findings say so."""
+    own = dataclasses.replace(clips, clips=tuple(c for c in clips.clips if c.condition in ("factual", "counterfactual")))
+    found = diagnose(model, own, DiagnoseSettings.quick(4, max_new_tokens=4, flips=20), "test", progress=False)
+    assert {f.condition for f in found.following} == {"factual", "counterfactual"}
+    assert any("Abstention was not measured on muted and blanked clips" in s for s in found.left_out)
+    without = diagnose(model, clips, DiagnoseSettings.quick(4, bare=0, max_new_tokens=4, flips=20), "test", progress=False)
+    assert {f.condition for f in without.following} == {"factual", "counterfactual"} and not any("Abstention" in s for s in without.left_out)
+
+
+def test_a_model_that_has_learnt_to_hear_nothing(model_folder, clips):
+    """Taught on built muted clips alone it says so of every clip: abstention where nothing can be heard, false abstention where something can."""
+    model = load_model(model_folder)
+    teach(model, clips, True, 50, ("muted",))
+    found = diagnose(model, clips, DiagnoseSettings.quick(12, bare=None, alone=4, grids=0, max_new_tokens=10, flips=20), "test", progress=False)
+    for condition, n in (("muted", 6), ("near_silent", 6), ("video_only", 4), ("factual", 12), ("counterfactual", 12)):
+        row = found.following_rate(condition, "hear")
+        assert (row.nothing.value, row.nothing.n, row.invented) == (1.0, n, 0.0), condition
+        assert row.correct.value == (0.0 if condition.endswith("factual") else 1.0)
+    for row in (found.following_rate("muted", "see"), found.following_rate("blanked", "see")):
+        assert row.nothing.value == 0.0
 
 
 def test_grids_beyond_the_clips_asked_about_are_still_scored(model, clips):
@@ -138,7 +198,7 @@ def test_a_site_that_there_is_not_is_refused(model, clips):
 
 def test_captions_under_cuts_are_those_of_clips_that_did_not_choose_them(findings, model, clips):
     assert {(c.condition, c.modality) for c in findings.captions if c.cut is None} == {
-        (c, m) for c in ("factual", "counterfactual") for m in ("see", "hear", "both")
+        (c, m) for c in ("factual", "counterfactual", "muted", "near_silent", "blanked", "near_black") for m in ("see", "hear", "both")
     }
     under = [c for c in findings.captions if c.cut]
     assert len({c.cut for c in under}) == 5 and not any("->audio" in c.cut or "->video" in c.cut for c in under)

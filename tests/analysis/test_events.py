@@ -137,29 +137,29 @@ NOTHING_HEARD = [
     "I hear nothing.", "Nothing.", "nothing", "None", "I don't hear anything.", "I can't hear anything in this video", "I cannot hear any sound.",
     "I can not hear anything.", "I can’t hear anything.", "There is no sound.", "There is no sound in the video, I see a dog.", "No audio.",
     "There is no audible sound at all.", "No sound from the video.", "There isn't any noise.", "It is silent.", "The clip is completely silent.",
-    "Silence.", "I hear only silence.", "I hear nothing but silence.", "The video is muted.", "It is quiet.", "Not a sound.", "I am unable to hear anything.",
-    "I do not hear a sound.", "The audio track is empty.", "The sound is inaudible.", "Nothing can be heard.", "Nothing is audible here.",
-    "I see a horse, but I hear nothing.", "I see a horse. There is no sound.", "I hear nothing but I see a horse.", "I can neither see nor hear anything.",
-    "I can't see or hear anything.", "I see nothing and hear nothing.", "What I hear: nothing.", "There is no sound of any kind.", "I cannot hear.",
-    "There doesn't seem to be any sound.", "The video shows a horse without any sound.",
+    "Silence.", "I hear only silence.", "I hear nothing but silence.", "The video is muted.", "It is quiet.", "Not a sound.",
+    "I am unable to hear anything.", "I do not hear a sound.", "The audio track is empty.", "The sound is inaudible.", "Nothing can be heard.",
+    "Nothing is audible here.", "I see a horse, but I hear nothing.", "I see a horse. There is no sound.", "I hear nothing but I see a horse.",
+    "I can neither see nor hear anything.", "I can't see or hear anything.", "I see nothing and hear nothing.", "What I hear: nothing.",
+    "There is no sound of any kind.", "I cannot hear.", "There doesn't seem to be any sound.", "The video shows a horse without any sound.",
 ]  # fmt: skip
 NOT_NOTHING_HEARD = [
     "", "...", "I hear music.", "I see nothing.", "I see nothing, I hear music.", "There is nothing in the picture.", "I hear nothing but music.",
-    "I hear nothing except the wind.", "I hear nothing else.", "I hear music and nothing else.", "There is no other sound.", "I hear nothing unusual.",
-    "I don't hear a horse.", "I do not hear any music.", "There is no sound of a horse.", "It is not silent.", "Silence, then music.",
-    "It is silent until music plays.", "The dog is silent. I hear music.", "I hear a quiet hum.", "The picture is black.", "I don't know.", "A muted trumpet.",
-    "It sounds like rain on a roof, no picture.", "I hear nothing like a horse.",
+    "I hear nothing except the wind.", "I hear nothing else.", "I hear music and nothing else.", "There is no other sound.",
+    "I hear nothing unusual.", "I don't hear a horse.", "I do not hear any music.", "There is no sound of a horse.", "It is not silent.",
+    "Silence, then music.", "It is silent until music plays.", "The dog is silent. I hear music.", "I hear a quiet hum.", "The picture is black.",
+    "I don't know.", "A muted trumpet.", "It sounds like rain on a roof, no picture.", "I hear nothing like a horse.",
 ]  # fmt: skip
 NOTHING_SEEN = [
     "I see nothing.", "Nothing.", "I can't see anything.", "I don't see anything, but I hear music.", "There is no picture.", "A black screen.",
-    "The video is black.", "The screen is completely dark.", "The frame is all black", "I see a blank image.", "I see only darkness.", "Nothing is visible.",
-    "There is nothing to see.", "It is dark.", "There is no visible image.", "I cannot see or hear anything.", "The picture is missing.",
-    "I am not able to see any objects.", "I hear music and see nothing.",
+    "The video is black.", "The screen is completely dark.", "The frame is all black", "I see a blank image.", "I see only darkness.",
+    "Nothing is visible.", "There is nothing to see.", "It is dark.", "There is no visible image.", "I cannot see or hear anything.",
+    "The picture is missing.", "I am not able to see any objects.", "I hear music and see nothing.",
 ]  # fmt: skip
 NOT_NOTHING_SEEN = [
-    "", "I see a house.", "I hear nothing.", "There is no sound.", "It is silent.", "A black screen with white text.", "I see a black box.", "I see nothing but sand.",
-    "I see nothing else.", "I do not see a house.", "The screen is not black.", "I see a dark image of a house.", "It is black at first.", "Silence.",
-    "I see a house. I hear nothing.", "I see a man in a dark coat.", "The picture shows a house, no sound.",
+    "", "I see a house.", "I hear nothing.", "There is no sound.", "It is silent.", "A black screen with white text.", "I see a black box.",
+    "I see nothing but sand.", "I see nothing else.", "I do not see a house.", "The screen is not black.", "I see a dark image of a house.",
+    "It is black at first.", "Silence.", "I see a house. I hear nothing.", "I see a man in a dark coat.", "The picture shows a house, no sound.",
 ]  # fmt: skip
 
 

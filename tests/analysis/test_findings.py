@@ -35,7 +35,7 @@ def sample(verdict="vision", condition="counterfactual", modality="hear"):
 def full():
     return Findings(
         "models/organism", None, "models/base", "test", "hash", 2, {"dtype": "float32", "versions": {"torch": "2"}, "layers": [1, 2], "note": None},
-        following=[Following("counterfactual", "hear", E, E, E, E, NOTHING, E)],
+        following=[Following("counterfactual", "hear", E, E, E, E, E, NOTHING, E)],
         reliance=[Reliance("hear", D, D, E, 0.01, None, 0.1)],
         knockout=[CutEffect("video->emitters", 0, 2, "from", "counterfactual", "hear", D, None, E, None)],
         flow=[Flow("emitters", "plain", "factual", {"audio": [E, E], "video": [E, E]})],
@@ -74,10 +74,29 @@ def test_following_rate():
         ("unseen_factual", "hear", "audio", True),
         ("factual", "hear", "both", False),
         ("video_only", "see", "vision", True),
+        ("video_only", "hear", "nothing", True),
+        ("video_only", "hear", "vision", False),
+        ("audio_only", "see", "nothing", True),
+        ("audio_only", "see", "unparsed", False),
+        ("audio_only", "hear", "audio", True),
+        ("muted", "hear", "nothing", True),
+        ("near_silent", "hear", "vision", False),
+        ("muted", "see", "vision", True),
+        ("blanked", "see", "nothing", True),
+        ("near_black", "see", "neither", False),
+        ("near_black", "hear", "audio", True),
+        ("factual", "hear", "nothing", False),
     ],
 )
 def test_a_right_answer_names_what_the_question_designates(condition, modality, verdict, correct):
     assert sample(verdict, condition, modality).correct is correct
+
+
+def test_what_is_invented():
+    """Of a hundred answers 20 name the sound, 10 the picture, 5 both, 15 something else, 40 nothing, 10 cannot be read: 50 name an event."""
+    shares = [Estimate(v, None, None, 100, 1) for v in (0.2, 0.1, 0.05, 0.15, 0.4, 0.1)]
+    assert Following("muted", "hear", *shares, NOTHING).invented == pytest.approx(0.5)
+    assert Following("muted", "hear", *[NOTHING] * 7).invented is None
 
 
 def write(tmp_path, change):

@@ -53,9 +53,10 @@ def test_caption_fidelity(metric):
 
 def test_following(metric):
     answers = ["I hear a cat meowing.", "a dog barking", "a dog barking, a cat meowing", "a bell ringing", "music", "a dog barking", "a dog barking"]
-    video, audio = ["dog"] * 6 + [""], ["cat"] * 5 + ["dog", "dog"]
+    answers += ["I hear nothing.", "I hear nothing.", "a dog barking"]
+    video, audio = ["dog"] * 6 + ["", "dog", "dog", "dog"], ["cat"] * 5 + ["dog", "dog", "", "cat", ""]
     got = metric("following").compute(predictions=answers, video_labels=video, audio_labels=audio, labels=LABELS, modality="hear")
-    assert got == {"audio": 3 / 7, "vision": 1 / 7, "both": 1 / 7, "neither": 1 / 7, "unparsed": 1 / 7, "correct": 3 / 7, "n": 7}
+    assert got == {"audio": 0.3, "vision": 0.2, "both": 0.1, "neither": 0.1, "nothing": 0.2, "unparsed": 0.1, "correct": 0.4, "n": 10}
     got = metric("following").compute(
         predictions=["I see a dog.", "I see a cat.", "a dog"],
         video_labels=["dog"] * 3,

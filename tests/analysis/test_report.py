@@ -8,11 +8,14 @@ from xml.etree import ElementTree
 import av
 import numpy as np
 import pytest
+from rich.console import Console
 
 from analysis.charts import RATES, Series, columns, lines, span, tick_steps
 from analysis.compare import compare
 from analysis.findings import CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift
+from analysis.items import ItemStore, Key
 from analysis.report import headline, headline_figure, write_report
+from analysis.tables import comparison_tables, findings_tables
 
 LAYERS = 4
 NASTY = '<script>alert("x")</script> & <img src=http://evil.example/x.png>'
@@ -28,7 +31,7 @@ def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
     above = [Effect(0.1, 0.05, 0.15, 600, 41, 0.001, 0.004, 0.5)] * (LAYERS + 1)
 
     def follow(condition, question, a, v):
-        return Following(condition, question, e(a), e(v), e(0.0), e(1 - a - v), e(0.0), e(v if question == "see" and v else a))
+        return Following(condition, question, e(a), e(v), e(0.0), e(1 - a - v), e(0.0), e(0.0), e(v if question == "see" and v else a))
 
     def cut(site, start, stop, family, condition):
         return CutEffect(site, start, stop, family, condition, "hear", e(0.3), None, e(0.777), e(0.111))
@@ -229,7 +232,7 @@ def test_empty_findings_and_unmeasured_numbers(clips, tmp_path):
     nothing = Estimate(None, None, None, 0, 0)
     hollow = Findings(
         "m", None, None, "test", "h", 1, {},
-        following=[Following("counterfactual", "hear", *[nothing] * 6)],
+        following=[Following("counterfactual", "hear", *[nothing] * 7)],
         reliance=[Reliance("hear", nothing, nothing, nothing)],
         knockout=[CutEffect("video->emitters", 0, 1, "from", "counterfactual", "hear", nothing, None, nothing, nothing)],
         flow=[Flow("emitters", "plain", "factual", {"audio": [nothing]})],
@@ -239,6 +242,36 @@ def test_empty_findings_and_unmeasured_numbers(clips, tmp_path):
     write_report(tmp_path / "r.html", [("before", hollow), ("after", hollow)], clips)
     with pytest.raises(ValueError, match="at least one findings"):
         write_report(tmp_path / "none.html", [], clips)
+
+
+def test_abstention_before_and_after(clips, tmp_path):
+    """Muted clips: of 200 answers 4 say nothing before and 190 after; 150 and 6 name an event. False abstention on factual clips: 0 and 3 of 600."""
+
+    def row(condition, nothing, vision, neither, n):
+        return Following(
+            condition, "hear", e(0.0, n), e(vision, n), e(0.0, n), e(neither, n), e(nothing, n), e(1 - nothing - vision - neither, n), e(nothing, n)
+        )
+
+    before, after = findings(0.1, 0.6), findings(0.9, 0.05)
+    before.following = [row("muted", 0.02, 0.65, 0.10, 200), row("factual", 0.0, 0.0, 0.02, 600)]
+    after.following = [row("muted", 0.95, 0.01, 0.02, 200), row("factual", 0.005, 0.0, 0.02, 600)]
+    for store, said in ((before, [0, 0, 1, 0]), (after, [1, 1, 1, 0])):
+        group = ItemStore().of(["a", "b", "c", "d"], list("wxyz"))
+        group.keep(Key("following", "muted", "hear", "", "nothing"), said)
+        store.items = [group.items]
+    comparison = compare(before, after)
+    write_report(tmp_path / "r.html", [("before", before), ("after", after)], clips, comparison=comparison)
+    text = " ".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).text.split())
+    silent = text[text.index("When there is nothing to hear or see") :]
+    assert "sound silent hears abstains 2.0 % (0.0–6.0) 95.0 % (91.0–99.0) +50.0 (" in silent and " 75.0 % 3.0 % 200 (41)" in silent
+    assert "factual clips hears does not 0.0 % (0.0–4.0) 0.5 % (0.0–4.5) – 2.0 % 2.0 % 600 (41)" in silent
+    console = Console(width=100, record=True)
+    console.print(*findings_tables(after), *comparison_tables(comparison))
+    shown = " ".join(console.export_text().split())
+    assert "sound silent the sound abstains 95.0 % (91.0–99.0) 3.0 % 200 (41)" in shown
+    assert "sound silent the sound abstains 2.0 % 95.0 % +50.0" in shown
+    write_report(tmp_path / "own.html", [("now", findings(0.1, 0.6))], clips)  # a folder without such clips
+    assert "When there is nothing" not in (tmp_path / "own.html").read_text(encoding="utf-8")
 
 
 def test_other_clips_before_and_after_are_pointed_out(clips, tmp_path):

@@ -17,7 +17,9 @@ def following(condition, question, correct, other=0.0):
     """Rates of a condition and question; what is neither right nor following the other stream is `neither`."""
     rest = 1 - correct - other
     heard, seen = (correct, other) if question == "hear" or condition == "factual" else (other, correct)
-    return Following(condition, question, estimate(heard), estimate(seen), estimate(0.0), estimate(rest), estimate(0.0), estimate(correct))
+    return Following(
+        condition, question, estimate(heard), estimate(seen), estimate(0.0), estimate(rest), estimate(0.0), estimate(0.0), estimate(correct)
+    )
 
 
 def cut(site, start, stop, condition, question, rate, logprob, family="from", margin=None, half=0.02):
