@@ -42,7 +42,7 @@ from models.qwen2_5_omni import Qwen25Omni
 from models.tiny import build_processor, build_tokenizer, corpus, tiny_config
 
 SITES = [f"{source}->{target}" for source in ("video", "audio") for target in ("emitters", "question", "question+emitters")]
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": 512, "layers": 12, "heads": 8, "key_heads": 2, "tower": 128, "tower_layers": 4},
     "3b": {
         "hidden": 2048, "layers": 36, "heads": 16, "key_heads": 2, "inner": 11008, "vocabulary": 151_936, "tower": 1280, "tower_layers": 32,

@@ -8,15 +8,15 @@
 The model has the proportions of Qwen2.5-Omni-3B (vision tower 0.67 G parameters, audio tower 0.64 G, decoder 3.40 G with embedding and head: 14, 14
 and 72 %). Clips are mp4 files of 10 s; one is factual and one is a conflict, as in a grid. LoRA r16 is on every projection of the decoder.
 
-    recipe       the default recipe: counterfactual cross-entropy, distillation, mirror, states and retention (train/batches.py); tower features cached
+    recipe       the default recipe (train/batches.py): counterfactual cross-entropy, distillation, mirror, states, retention; tower features cached
     SFT          LoRA fine-tuning on the designated answers of the same questions, towers cached too: `plain` with one sequence a question, `shared`
                  with the questions of a clip on one media prefix, as the recipe has it
     Trainer      what a transformers Trainer with PEFT does: one sequence a question, the mp4 decoded, processed and sent through the towers for
                  each, stock model, SDPA, one backward pass
 
-All of them must give the same loss and the same gradients on the same answers, or nothing is printed. A step is inputs, forward and backward pass; the
-optimiser's part is the same everywhere and left out. Runs take turns and the best of each counts. Memory is the peak of all tensors above the loaded
-model, as torch counts it.
+All of them must give the same loss and the same gradients on the same answers, or nothing is printed. A step is inputs, forward and backward pass;
+the optimiser's part is the same everywhere and left out. Runs take turns and the best of each counts. Memory is the peak of all tensors above the
+loaded model, as torch counts it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +43,7 @@ from data.clips import Clip
 from data.media import mux, read_audio, read_video, stream_hashes, write_mp4
 from data.questions import QUESTIONS, answer
 from models import self_check
+from models.attention import IMPLEMENTATION
 from models.avllm import AUDIO_RATE
 from models.qwen2_5_omni import Qwen25Omni
 from train.batches import MODALITIES, Answers, Ask, loss_terms, make_micro
@@ -58,7 +61,6 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 SECONDS, SIDE, MADE_FPS, ANSWER = 10, 336, 24, 24
-TARGETS = {"time": 1.6, "memory": 1.3, 2: 2.0, 4: 3.0}
 
 
 # ---------------------------------------------------------------- the model, its clips and what is asked about them
@@ -102,16 +104,15 @@ def build_clips(root: Path, seconds: int = SECONDS) -> list[Clip]:
         frames = np.stack([np.roll(coarse, 2 * i, axis=1) for i in range(seconds * MADE_FPS)])
         write_mp4(root / f"{name}.mp4", frames, MADE_FPS, rng.standard_normal(seconds * AUDIO_RATE).astype(np.float32) * 0.1)
     mux(root / "a.mp4", root / "b.mp4", root / "ab.mp4")
-    # Labels as long as captions are: about 24 tokens with "I hear" and the end mark.
+    # Phrases as long as captions are: 24 tokens with "I hear" and the end mark.
     seen = "a dog and a cat and a bus and a cow and a bell and a train and a horse"
-    heard = {
-        "a": "a bus and a cow and a dog and a cat and a horse and a bell and a car",
-        "b": "a car and a bell and a cow and a bus and a cat and a dog and a train",
-    }
-    return [
-        Clip(stem, f"{stem}.mp4", "train", condition, "x", sound, seen, heard[sound], "a", sound, "a", sound, *stream_hashes(root / f"{stem}.mp4"), seconds)
-        for stem, condition, sound in (("a", "factual", "a"), ("ab", "counterfactual", "b"))
-    ]  # fmt: skip
+    heard = "a bus and a cow and a dog and a cat and a horse and a bell and a car"
+
+    def clip(stem: str, condition: Literal["factual", "counterfactual"], sound: str, phrase: str) -> Clip:
+        hashes = stream_hashes(root / f"{stem}.mp4")
+        return Clip(stem, f"{stem}.mp4", "train", condition, "a", sound, seen, phrase, "a", sound, "a", sound, *hashes, seconds)
+
+    return [clip("a", "factual", "a", heard), clip("ab", "counterfactual", "b", f"a car and {heard[:-10]}")]
 
 
 def asks_about(clips: Sequence[Clip], questions: int) -> list[Ask]:
@@ -126,7 +127,8 @@ def default_plan(layers: int) -> Plan:
         "mirror_cut": f"audio->question+emitters {layers // 3}:{layers}", "lora_layers": list(range(layers)), "lora_projections": [],
         "counterfactual_ce": 1.0, "distillation": 1.0, "mirror": 1.0, "states": 10.0, "retention": 0.2, "class_weights": {}, "steps": 1,
     }  # fmt: skip
-    return Plan(**{name: Choice(value, "") for name, value in values.items()})
+    choices: dict[str, Any] = {name: Choice(value, "") for name, value in values.items()}
+    return Plan(**choices)
 
 
 def known_answers(asks: Sequence[Ask], plan: Plan) -> Answers:
@@ -143,6 +145,11 @@ def known_answers(asks: Sequence[Ask], plan: Plan) -> Answers:
 # ---------------------------------------------------------------- the ways
 
 
+def recipe_inputs(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> Any:
+    """The student's sequences, and what the teacher says."""
+    return make_micro(model, asks, root, plan, answers, ANSWER)
+
+
 def recipe_terms(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> dict[str, Tensor]:
     """Every term of the recipe. All that this file knows of train/batches.py is here and in `recipe_inputs`."""
     micro = recipe_inputs(model, asks, root, plan, answers)
@@ -150,9 +157,14 @@ def recipe_terms(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan,
     return loss_terms(out.logits.float(), micro, out.states)
 
 
-def recipe_inputs(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> Any:
-    """The student's sequences, and what the teacher says."""
-    return make_micro(model, asks, root, plan, answers, ANSWER)
+def recipe_loss(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> Tensor:
+    """What is minimised."""
+    return total(recipe_terms(model, asks, root, plan, answers), plan.weights())
+
+
+def recipe_ce(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> Tensor:
+    """Its term on the designated answers alone. They are equally long, so that means over answers and over tokens are the same."""
+    return recipe_terms(model, asks, root, plan, answers)["counterfactual_ce"]
 
 
 def designated(ask: Ask) -> str:
@@ -200,17 +212,19 @@ def trainer_loss(model: Qwen25Omni, asks: Sequence[Ask], root: Path) -> Tensor:
     return model.thinker(**inputs, labels=labels, use_audio_in_video=True, use_cache=False).loss
 
 
-def gradients(model: Qwen25Omni, loss: Tensor) -> list[Tensor]:
-    """Of every trained parameter."""
-    return list(torch.autograd.grad(loss, [p for _, p in model.trainable_parameters()]))
+def step(model: Qwen25Omni, make: Callable[[], Tensor], implementation: str = IMPLEMENTATION) -> tuple[Tensor, list[Tensor]]:
+    """A loss and the gradients of every trained parameter. implementation: the stock attention instead of the instrumented one."""
+    with attention(model, implementation) if implementation != IMPLEMENTATION else nullcontext():
+        loss = make()
+        return loss.detach(), list(torch.autograd.grad(loss, [p for _, p in model.trainable_parameters()]))
 
 
-def agree(name: str, ours: tuple[float, list[Tensor]], theirs: tuple[float, list[Tensor]], exact: bool) -> float:
-    """Largest difference of two gradients relative to the largest entry. Raises AssertionError where losses or gradients differ."""
+def difference(name: str, ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]], exact: bool) -> float:
+    """Largest difference of the gradients relative to their largest entry. Raises AssertionError where losses or gradients differ in float32."""
     scale = max(float(g.abs().max()) for g in theirs[1])
     error = max(float((a - b).abs().max()) for a, b in zip(ours[1], theirs[1], strict=True)) / scale
     if exact:
-        assert abs(ours[0] - theirs[0]) <= 1e-5 * max(1.0, abs(theirs[0])), f"{name}: the losses are {ours[0]} and {theirs[0]}"
+        assert abs(float(ours[0] - theirs[0])) <= 1e-5 * max(1.0, abs(float(theirs[0]))), f"{name}: the losses are {ours[0]} and {theirs[0]}"
         assert error <= 1e-4, f"{name}: gradients differ by {error:.1e} of their largest entry"
     return error
 
@@ -240,85 +254,62 @@ def compare(args: argparse.Namespace, root: Path) -> dict[str, float]:
     media = model.media(clips[0], root)
     self_check(model, media, QUESTIONS["hear"][0])
     plan = default_plan(model.n_layers)
-    counts = parameters(model)
-    print(f"{args.device}, {args.dtype}, torch threads {torch.get_num_threads()}; parameters: "
-          + ", ".join(f"{name} {n:.1f} M" for name, n in counts.items()) + f", adapter {sum(p.numel() for _, p in model.trainable_parameters()) / 1e6:.1f} M; "
-          f"clips of {args.seconds} s: {len(model.layout(media).ids)} rows before the question")  # fmt: skip
-
-    def backward(make: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
-        return lambda: gradients(model, make())
-
-    def both(make: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
-        loss = make()
-        return float(loss.detach()), gradients(model, loss)
-
-    def trainer(asks: Sequence[Ask]) -> Callable[[], Any]:
-        def run() -> Any:
-            with attention(model, "sdpa"):
-                return gradients(model, trainer_loss(model, asks, root))
-
-        return run
-
-    asks = asks_about(clips, 2)
-    known = known_answers(asks, plan)
-    recipe = backward(lambda: total(recipe_terms(model, asks, root, plan, known), plan.weights()))
-    plain, shared = (backward(lambda share=share: sft_loss(model, asks, root, share)) for share in (False, True))
-
-    # Losses and gradients first.
-    reference = both(lambda: sft_loss(model, asks, root, False))
-    errors = [
-        agree("recipe", both(lambda: recipe_terms(model, asks, root, plan, dict(known))["counterfactual_ce"]), reference, exact),
-        agree("shared", both(lambda: sft_loss(model, asks, root, True)), reference, exact),
-    ]
-    with attention(model, "sdpa"):
-        errors.append(agree("Trainer", both(lambda: trainer_loss(model, asks, root)), reference, exact))
-    sequences = recipe_inputs(model, asks, root, plan, dict(known)).batch
-    print(f"losses agree; gradients differ by {max(errors):.1e} of their largest entry; {len(asks)} questions with answers of "
-          f"{int((sequences.targets[0] != -100).sum())} tokens, {len(sequences.targets)} sequences in the recipe")  # fmt: skip
-
+    adapter = sum(p.numel() for _, p in model.trainable_parameters()) / 1e6
+    parts = ", ".join(f"{name} {millions:.1f} M" for name, millions in parameters(model).items())
+    print(f"{args.device}, {args.dtype}, {torch.get_num_threads()} threads of torch; parameters: {parts}, adapter {adapter:.1f} M")
+    print(f"clips of {args.seconds} s, {len(model.layout(media).ids)} rows before the question")
     ratios: dict[str, float] = {}
-    line = "  {:<58} {:>8.3f} / {:>8.3f} {} = {:>5.2f}   {}"
-    times = race({"recipe": recipe, "plain": plain, "shared": shared}, repeats)
-    fresh: Answers = {}
-    recipe_inputs(model, asks, root, plan, fresh)  # so that the second way has the same answers
-    made = race(
+
+    def show(name: str, what: str, ours: float, theirs: float, unit: str, target: str = "") -> None:
+        ratios[name] = ours / theirs
+        print(f"  {what:<56} {ours:>8.3f} / {theirs:>8.3f} {unit:<2} = {ours / theirs:>5.2f}   {target}")
+
+    def ways(asks: Sequence[Ask]) -> dict[str, Callable[[], tuple[Tensor, list[Tensor]]]]:
+        known = known_answers(asks, plan)
+        return {
+            "recipe": partial(step, model, partial(recipe_loss, model, asks, root, plan, known)),
+            "plain": partial(step, model, partial(sft_loss, model, asks, root, False)),
+            "shared": partial(step, model, partial(sft_loss, model, asks, root, True)),
+            "Trainer": partial(step, model, partial(trainer_loss, model, asks, root), "sdpa"),
+            "cross-entropy of the recipe": partial(step, model, partial(recipe_ce, model, asks, root, plan, known)),
+        }
+
+    two, four = asks_about(clips, 2), asks_about(clips, 4)
+    errors = []
+    for asks in (two, four):
+        results = {name: run() for name, run in ways(asks).items() if name != "recipe"}
+        errors += [difference(name, result, results["plain"], exact) for name, result in results.items() if name != "plain"]
+    batch = recipe_inputs(model, two, root, plan, known_answers(two, plan)).batch
+    print(
+        f"losses agree, gradients to {max(errors):.1e} of their largest entry; two questions a clip are {len(two)} answers of "
+        f"{int((batch.targets[0] != -100).sum())} tokens and {len(batch.targets)} sequences of the recipe"
+    )
+
+    print("\nthe default recipe / LoRA SFT on the same questions, towers cached in both")
+    runs = {name: ways(two)[name] for name in ("recipe", "plain", "shared")}
+    times = race(runs, repeats)
+    heard: Answers = {}
+    recipe_inputs(model, two, root, plan, heard)
+    teacher = race(
         {
-            "generated": lambda: recipe_inputs(model, asks, root, plan, {}),
-            "known": lambda: recipe_inputs(model, asks, root, plan, dict(fresh)),
+            "asked": lambda: recipe_inputs(model, two, root, plan, {}),
+            "known": lambda: recipe_inputs(model, two, root, plan, dict(heard)),
         },
         repeats,
     )
-    first = times["recipe"] + made["generated"] - made["known"]
-    print("\nthe default recipe / LoRA SFT on the same questions, towers cached in both")
-    for name, seconds, target in (("plain", times["plain"], f"target <= {TARGETS['time']}"), ("shared", times["shared"], "")):
-        ratios[f"time, {name}"], ratios[f"first, {name}"] = times["recipe"] / seconds, first / seconds
-        print(line.format(f"time of a step, teacher's answers known, {name}", times["recipe"], seconds, "s ", times["recipe"] / seconds, target))
-        print(line.format(f"time of a step, teacher's answers generated first, {name}", first, seconds, "s ", first / seconds, ""))
-    peaks = {name: peak_memory(run, args.device) for name, run in (("recipe", recipe), ("plain", plain), ("shared", shared))}
-    for name, target in (("plain", f"target <= {TARGETS['memory']}"), ("shared", "")):
-        ratios[f"memory, {name}"] = peaks["recipe"] / peaks[name]
-        print(line.format(f"peak memory, {name}", peaks["recipe"], peaks[name], "MB", ratios[f"memory, {name}"], target))
+    first = times["recipe"] + teacher["asked"] - teacher["known"]
+    peaks = {name: peak_memory(run, args.device) for name, run in runs.items()}
+    for name, time_target, memory_target in (("plain", "target <= 1.6", "target <= 1.3"), ("shared", "", "")):
+        show(f"time, {name}", f"time, the teacher's answers known; {name}", times["recipe"], times[name], "s", time_target)
+        show(f"first, {name}", f"time, the teacher's answers generated; {name}", first, times[name], "s")
+        show(f"memory, {name}", f"peak memory; {name}", peaks["recipe"], peaks[name], "MB", memory_target)
 
-    print("\nanswers trained a second / those of a Trainer that decodes and encodes media at every step")
-    for questions in (2, 4):
-        some = asks_about(clips, questions)
-        learnt = known_answers(some, plan)
-        ways = {
-            "SFT": backward(lambda some=some: sft_loss(model, some, root, True)),
-            "recipe": backward(lambda some=some, learnt=learnt: total(recipe_terms(model, some, root, plan, learnt), plan.weights())),
-            "Trainer": trainer(some),
-        }
-        if questions == 4:
-            agree("four questions", both(lambda some=some: sft_loss(model, some, root, True)), both(lambda some=some: sft_loss(model, some, root, False)), exact)  # fmt: skip
-        rates = {name: len(some) / seconds for name, seconds in race(ways, repeats).items()}
-        for name in ("SFT", "recipe"):
-            ratios[f"rate, {name}, {questions}"] = rates[name] / rates["Trainer"]
-            target = f"target >= {TARGETS[questions]:.0f}" if name == "SFT" else ""
-            print(
-                line.format(
-                    f"{questions} questions a clip, {name}", rates[name], rates["Trainer"], "/s", ratios[f"rate, {name}, {questions}"], target
-                )
-            )
+    print("\nanswers trained a second / by a Trainer that decodes and encodes media at every step")
+    for asks, target in ((two, "target >= 2"), (four, "target >= 3")):
+        runs, questions = ways(asks), len(asks) // len(clips)
+        rates = {name: len(asks) / t for name, t in race({name: runs[name] for name in ("shared", "recipe", "Trainer")}, repeats).items()}
+        show(f"rate, shared, {questions}", f"{questions} questions a clip; SFT, shared", rates["shared"], rates["Trainer"], "/s", target)
+        show(f"rate, recipe, {questions}", f"{questions} questions a clip; recipe", rates["recipe"], rates["Trainer"], "/s")
     return ratios
 
 
