@@ -6,8 +6,9 @@
     python -m analysis compare before.json after.json --out comparison.json
     python -m analysis judge before.json --judge llm --base-url http://localhost:8000/v1 --model my-judge
     python -m analysis report before.json after.json --clips runs/clips --out report.html
+    python -m analysis ablate configs/ablations/headline.yaml --out runs/ablations
 
-Input that cannot be used gives one line on stderr and exit code 2; nothing is left half-written.
+Input that cannot be used gives one line on stderr and exit code 2; nothing is left half-written. Runs of an ablation that fail give exit code 1.
 """
 
 from __future__ import annotations
@@ -234,11 +235,76 @@ class Judge:
         console.print(f"Findings are in {out}.")
 
 
+@dataclass(frozen=True)
+class Ablate:
+    """Train every arm of a set with every seed, each as its own `accelerate launch`, and compare the arms clip by clip.
+
+    What is done is not run again and what was stopped goes on, so the same command can be given as often as needed. analysis/ablate.py says
+    what a set looks like.
+    """
+
+    sets: Positional[tuple[Path, ...]]
+    """YAML files; the ready-made ones are in configs/ablations/."""
+    out: Path = Path("runs/ablations")
+    """Folder of the runs and of ablation.json, ablation.md and ablation.html."""
+    jobs: int = 1
+    """Runs at a time; the cores are shared out among them."""
+    seeds: tuple[int, ...] | None = None
+    """Instead of the seeds that the sets name."""
+    arms: tuple[str, ...] | None = None
+    """Only these arms."""
+    overrides: Annotated[tuple[str, ...], arg(name="set")] = ()
+    """key=value settings of training for all arms, e.g. schedule.steps=200. What an arm sets itself stays."""
+    accelerate_config: Path | None = None
+    """Config file for `accelerate launch`, e.g. accelerate_config.yaml. By default one process a run."""
+
+    def run(self, console: Console) -> None:
+        """Read the sets, run what is missing, compare, write, show."""
+        from analysis.ablate import load_set, plan_jobs, run_jobs
+        from analysis.ablation import Ablation, compare_arms, read_run
+        from analysis.ablation_report import ablation_tables, markdown, write_page, write_text
+
+        if not self.sets:
+            raise UsageError("ablate needs at least one set; the ready-made ones are in configs/ablations/.")
+        if self.jobs < 1:
+            raise UsageError(f"--jobs {self.jobs}: at least 1 run at a time.")
+        if self.accelerate_config is not None and not self.accelerate_config.is_file():
+            raise UsageError(f"--accelerate-config {self.accelerate_config} is no file.")
+        sets = [load_set(path, self.overrides, self.seeds, self.arms) for path in self.sets]
+        if missing := sorted(set(self.arms or ()) - {arm.name for one in sets for arm in one.arms}):
+            raise UsageError(f"--arms {missing[0]}: none of the sets has such an arm.")
+        _writable(self.out / "ablation.json")
+        jobs = plan_jobs(sets, self.out)
+        run_jobs(list(jobs.values()), self.out, self.jobs, self.accelerate_config)
+        ablation = Ablation()
+        for one in sets:
+            runs, left_out = {}, []
+            for recipe in one.arms:
+                of_arm = [jobs[recipe.key, seed] for seed in one.seeds]
+                runs[recipe.name] = [read_run(job.folder, job.seed) for job in of_arm if not job.problem]
+                if failed := [str(job.seed) for job in of_arm if job.problem]:
+                    left_out.append(f"{recipe.name} failed with seed {', '.join(failed)}: no result of it is in these numbers.")
+            described = {recipe.name: (recipe.description, recipe.changes) for recipe in one.arms}
+            ablation.sets.append(compare_arms(one.title, one.notes, one.reference, described, runs, left_out))
+        ablation.save(self.out / "ablation.json")
+        write_text(self.out / "ablation.md", markdown(ablation))
+        write_page(self.out / "ablation.html", ablation)
+        console.print(*ablation_tables(ablation), sep="\n")
+        console.print(f"The page is in {self.out / 'ablation.html'}.")
+        if problems := [f"{job.name}: {job.problem}" for job in jobs.values() if job.problem]:
+            raise FailedRuns(f"{len(problems)} of {len(jobs)} runs failed. The same command tries them again.\n" + "\n".join(problems))
+
+
+class FailedRuns(RuntimeError):
+    """Some runs of an ablation failed; the others are done and compared."""
+
+
 Command = (
     Annotated[Diagnose, subcommand("diagnose")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Judge, subcommand("judge")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Ablate, subcommand("ablate")]
 )
 
 
@@ -268,10 +334,16 @@ def _writable(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, or 2 for input that cannot be used."""
+    """Run one command; the exit code: 0, 2 for input that cannot be used, 1 for runs of an ablation that failed, 130 where it was interrupted."""
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m analysis", description=__doc__)  # type: ignore[arg-type]
         command.run(Console())
+    except FailedRuns as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on where it was.", file=sys.stderr)
+        return 130
     except (DataError, FindingsError, SettingsError, CacheError, UsageError) as error:
         message = str(error)
     except OSError as error:

@@ -251,6 +251,79 @@ def stacked_rows(
     return Drawing(joined(parts), width, y + 4, " ".join(summary))
 
 
+class Point(NamedTuple):
+    """One labelled point of a scatter: its estimates, and the same for single seeds, `seeds` as (x, y)."""
+
+    name: str
+    tone: str
+    x: Estimate
+    y: Estimate
+    seeds: Sequence[tuple[float, float]] = ()
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str, width: float = 760, height: float = 380) -> Drawing:
+    """Points with error bars both ways, seeds as small dots, names in a column at the right with a thin line to each. Both axes are in points of a
+    hundred (estimates are shares). Points without a value are left out.
+    """
+    left, right, top, bottom = 52.0, 200.0, 12.0, 42.0
+    known = [p for p in points if p.x.value is not None and p.y.value is not None]
+
+    def ends(of: Sequence[tuple[Estimate, Sequence[float]]]) -> list[float]:
+        values = [v for e, seeds in of for v in (e.value, e.low, e.high, *seeds) if v is not None]
+        return tick_steps(min(values, default=0.0), max(values, default=1.0), 6)
+
+    x_ticks, y_ticks = ends([(p.x, [x for x, _ in p.seeds]) for p in known]), ends([(p.y, [y for _, y in p.seeds]) for p in known])
+
+    def px(x: float) -> float:
+        return left + (width - left - right) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    def py(y: float) -> float:
+        return height - bottom - (height - top - bottom) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+
+    def rule(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+        return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(kind, x1, y1, x2, y2)
+
+    parts = []
+    for x in x_ticks:
+        parts += [rule("axis" if abs(x) < 1e-12 else "grid", px(x), top, px(x), height - bottom)]
+        parts += [text(px(x), height - bottom + 15, f"{100 * x:.4g}".replace("-", "−"), "tick", "middle")]
+    for y in y_ticks:
+        parts += [rule("axis" if abs(y) < 1e-12 else "grid", left, py(y), width - right, py(y))]
+        parts += [text(left - 6, py(y) + 3.5, f"{100 * y:.4g}".replace("-", "−"), "tick", "end")]
+    parts.append(text((left + width - right) / 2, height - 6, x_title, "tick", "middle"))
+    turned = Markup('<text class="tick" text-anchor="middle" transform="translate(13 {:.1f}) rotate(-90)">{}</text>')
+    parts.append(turned.format((top + height - bottom) / 2, y_title))
+    for p in known:
+        for bounds, at in (((p.x.low, p.x.high), "x"), ((p.y.low, p.y.high), "y")):
+            low, high = bounds
+            if low is not None and high is not None:
+                x, y = px(p.x.value or 0.0), py(p.y.value or 0.0)
+                parts.append(rule(f"bound t-{p.tone}", *((px(low), y, px(high), y) if at == "x" else (x, py(low), x, py(high)))))
+        for x, y in p.seeds if len(p.seeds) > 1 else ():
+            parts.append(Markup('<circle class="dot seed t-{}" cx="{:.1f}" cy="{:.1f}" r="2"/>').format(p.tone, px(x), py(y)))
+    # Names keep their points' order from top to bottom, so that the lines to them do not cross much.
+    apart = min(17.0, (height - top - bottom) / max(len(known), 1))
+    order, above = sorted(known, key=lambda p: (py(p.y.value or 0.0), -px(p.x.value or 0.0))), top - apart + 8
+    places = []
+    for p in order:
+        above = max(above + apart, py(p.y.value or 0.0))
+        places.append(above)
+    for k in range(len(places) - 1, -1, -1):  # those pushed below the chart move up again
+        places[k] = min(places[k], height - bottom - apart * (len(places) - 1 - k))
+    for p, place in zip(order, places, strict=True):
+        x, y = px(p.x.value or 0.0), py(p.y.value or 0.0)
+        parts.append(rule("grid", x, y, width - right + 8, place))
+    for p, place in zip(order, places, strict=True):
+        x, y = px(p.x.value or 0.0), py(p.y.value or 0.0)
+        parts.append(Markup('<circle class="dot t-{}" cx="{:.1f}" cy="{:.1f}" r="4.5"/>').format(p.tone, x, y))
+        parts.append(text(width - right + 12, place + 4, p.name, f"label t-{p.tone}"))
+        seeds = "".join(f"\n{percent(Estimate(a, None, None, 1, 1), True)}, {percent(Estimate(b, None, None, 1, 1))}" for a, b in p.seeds)
+        tip = f"{p.name}\n{x_title}: {percent(p.x, True)}\n{y_title}: {percent(p.y)}" + (f"\nSeeds:{seeds}" if len(p.seeds) > 1 else "")
+        parts += [_hit(x - 8, y - 8, 16, 16, tip), _hit(width - right + 8, place - 8, right - 8, 16, tip)]
+    spoken = " ".join(f"{p.name}: {x_title} {percent(p.x, True)}, {y_title} {percent(p.y)}." for p in order)
+    return Drawing(joined(parts), width, height, f"{title}. {spoken}")
+
+
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 

@@ -1,0 +1,322 @@
+"""What an ablation found: arms against a reference, paired clip by clip, as one typed JSON file.
+
+    runs = {"plan": [read_run(folder, seed) for …], "label_free": […]}
+    result = compare_arms("Which teacher", "", "plan", {"plan": ("the whole plan", {}), …}, runs)
+    Ablation([result]).save("runs/ablations/ablation.json")
+
+Numbers are of the test split. Each arm has a run a seed; an arm's number is the mean over its seeds, `spread` the standard deviation over seeds.
+Differences are paired: per clip the mean over the arm's seeds less the mean over the reference's seeds. Their intervals count on clips of one
+picture or recording being alike (analysis/statistics.py). So an interval says how far other *clips* could move a number, with the models of these
+seeds as they are; how far another *seed* could move it is what the spread says. The Shortcut Index and the worst-of are no plain means: their
+intervals are by the delta method, the worst-of with the rate that is the lowest in each run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from analysis.compare import differences
+from analysis.fidelity import caption_key
+from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
+from analysis.items import Key, unpacked
+from analysis.statistics import Dyads, Intervals, by_source, shortcut
+from analysis.trajectory import abstention
+
+
+class Shown(NamedTuple):
+    """How a measure is shown. `better`: 1 where more is better, -1 where less is."""
+
+    title: str
+    note: str
+    rate: bool = True
+    better: int = 1
+
+
+MEASURES = {
+    "hear_conflicts": Shown("audio-following", "names the sound alone, asked what it hears on conflicts"),
+    "see_conflicts": Shown("see-accuracy", "names the picture alone, asked what it sees on conflicts"),
+    "hear_factual": Shown("factual, hear", "right about the sound of factual clips"),
+    "see_factual": Shown("factual, see", "right about the picture of factual clips"),
+    "shortcut": Shown("Shortcut Index", "on hear-questions, 0 is ideal", rate=False, better=-1),
+    "abstains": Shown("abstains, muted", "says that there is nothing to hear where there is no sound"),
+    "caption_sound": Shown("captions, sound", "sound side of captions of conflicts, asked about both"),
+    "caption_picture": Shown("captions, picture", "picture side of the same captions"),
+    "factual": Shown("factual", "the lower of the two factual rates"),
+    "worst": Shown("worst-of", "the lowest of audio-following, see-accuracy and the two factual rates"),
+}
+
+
+@dataclass
+class Measure:
+    """One number of one arm. Intervals are over clips, not seeds."""
+
+    estimate: Estimate  # mean over seeds
+    seeds: list[float]  # the number of each seed, in the order of the row's seeds
+    spread: float | None  # standard deviation over seeds; None with fewer than two
+    gain: Effect | None = None  # against the same arm before training, paired
+    difference: Effect | None = None  # against the reference arm, paired
+
+
+@dataclass
+class Row:
+    """One arm, or the model before training (`arm` "before", no seeds)."""
+
+    arm: str
+    description: str
+    settings: dict[str, Any]  # what the arm sets, dotted keys
+    seeds: list[int]
+    measures: dict[str, Measure]  # MEASURES that were measured
+    minutes: list[float] = field(default_factory=list)  # of training steps, without diagnoses, a seed
+    parameters: int | None = None  # trained
+    checkpoints: list[str] = field(default_factory=list)  # the chosen one, a seed
+    folders: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SetResult:
+    """One set of arms. `left_out`: sentences on what is missing and why."""
+
+    title: str
+    notes: str
+    reference: str
+    before: Row | None
+    arms: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Ablation:
+    """What `python -m analysis ablate` wrote: a result a set, in the order of the command line."""
+
+    sets: list[SetResult] = field(default_factory=list)
+    format: int = FORMAT
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write atomically."""
+        save_json(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Ablation:
+        """Read and check. Raises FindingsError naming the file and the key that does not fit."""
+        return load_json(cls, path, "ablation", "ablate")
+
+
+@dataclass
+class Run:
+    """What is read of one run folder."""
+
+    seed: int
+    folder: str
+    before: Findings
+    after: Findings
+    minutes: float | None
+    parameters: int | None
+    checkpoint: str
+
+
+def read_run(folder: str | os.PathLike, seed: int) -> Run:
+    """Read a finished run. Raises FindingsError for findings that cannot be read."""
+    folder = Path(folder)
+    before, after = (Findings.load(folder / "findings" / f"{name}.json") for name in ("before", "after"))
+    seconds = [json.loads(line)["seconds"] for line in _lines(folder / "metrics.jsonl")]
+    best = folder / "best.json"
+    checkpoint = json.loads(best.read_text())["checkpoint"] if best.is_file() else ""
+    weights = folder / "checkpoints" / checkpoint / "adapter" / "adapter_model.safetensors"
+    parameters = None
+    if checkpoint and weights.is_file():
+        with safe_open(weights, "np") as file:
+            parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    return Run(seed, str(folder), before, after, sum(seconds) / 60 if seconds else None, parameters, checkpoint)
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines; one that is being written is left out."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.is_file() else []
+
+
+def compare_arms(
+    title: str, notes: str, reference: str, arms: dict[str, tuple[str, dict[str, Any]]], runs: dict[str, list[Run]], left_out: Sequence[str] = ()
+) -> SetResult:
+    """One row an arm that has a run. `arms`: name -> (description, settings); `runs`: the finished ones, name -> one a seed."""
+    result = SetResult(title, notes, reference, None, left_out=list(left_out))
+    there = {name: done for name in arms if (done := runs.get(name))}
+    if not there:
+        return result
+    first = next(iter(there.values()))[0]
+    untrained = [first.before]
+    measures = {name: m for name in MEASURES if (m := _measure(name, untrained, None, None)) is not None}
+    result.before = Row("before", "the model before training", {}, [], measures)
+    standard = [run.after for run in there.get(reference, ())]
+    if not standard:
+        result.left_out.append(f"No run of the reference arm {reference} is there, so arms are not compared with it.")
+    for name, done in there.items():
+        after = [run.after for run in done]
+        if reasons := [r for run in done for r in (*differences(first.before, run.before), *differences(first.before, run.after))]:
+            result.left_out.append(f"{name} was not measured like the first arm ({reasons[0]}), so it is not compared with others.")
+        against = standard if standard and name != reference and not reasons else None
+        begun = [done[0].before] if not differences(done[0].before, done[0].after) else None
+        row = Row(name, arms[name][0], arms[name][1], [run.seed for run in done], {})
+        row.measures = {m: found for m in MEASURES if (found := _measure(m, after, begun, against)) is not None}
+        row.minutes = [run.minutes for run in done if run.minutes is not None]
+        row.parameters = done[0].parameters
+        row.checkpoints, row.folders = [run.checkpoint for run in done], [run.folder for run in done]
+        if len({run.parameters for run in done}) > 1:
+            result.left_out.append(f"{name}: seeds train different numbers of parameters; shown is that of seed {done[0].seed}.")
+        result.arms.append(row)
+    return result
+
+
+# ---------------------------------------------------------------- one measure
+
+
+@dataclass
+class _Block:
+    """Values of the same items in several runs: (runs, keys, items)."""
+
+    values: NDArray
+    ids: list[str]
+    clusters: list[list[str]]
+    dyads: bool
+
+
+def _measure(name: str, runs: list[Findings], before: list[Findings] | None, reference: list[Findings] | None) -> Measure | None:
+    """None where one of the runs did not measure it."""
+    blocks = _blocks(name, runs)
+    if blocks is None:
+        return None
+    alone = [_read(name, [block.values[k] for block in blocks])[0] for k in range(len(runs))]
+    if any(value is None for value in alone):
+        return None
+    seeds = [float(value) for value in alone if value is not None]
+    spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
+    return Measure(_estimate(name, blocks, seeds), seeds, spread, _difference(name, runs, before), _difference(name, runs, reference))
+
+
+def _estimate(name: str, blocks: list[_Block], seeds: list[float]) -> Estimate:
+    """Mean over seeds with its interval over clips."""
+    intervals = _intervals(blocks)
+    if intervals is None:
+        return Estimate(float(np.mean(seeds)), None, None, sum(len(b.ids) for b in blocks), 0)
+    if len(blocks) == 1 and name != "shortcut":
+        return intervals.rates(blocks[0].values[:, 0].mean(axis=0)[:, None])[0]
+    if name == "shortcut" and len(seeds) == 1:
+        return intervals.ratio(*blocks[0].values[0])
+    influence = np.mean([_influence(name, blocks, k) for k in range(len(seeds))], axis=0)
+    effect = intervals.effects_of(float(np.mean(seeds)), influence[:, None], of_rates=name != "shortcut")[0]
+    low, high = (None if bound is None else min(max(bound, 0.0), 1.0) for bound in (effect.low, effect.high))
+    return Estimate(effect.value, low, high, effect.n, effect.clusters)
+
+
+def _difference(name: str, runs: list[Findings], others: list[Findings] | None) -> Effect | None:
+    """Mean over `runs` less mean over `others`, on the items that all of them have."""
+    blocks = _blocks(name, [*runs, *others]) if others else None
+    if blocks is None:
+        return None
+    total = len(runs) + len(others or ())
+    weights = np.array([1 / len(runs) if k < len(runs) else -1 / len(others or ()) for k in range(total)])
+    values = [_read(name, [block.values[k] for block in blocks])[0] for k in range(total)]
+    if any(value is None for value in values):
+        return None
+    value = float(weights @ np.array(values, dtype=float))
+    intervals = _intervals(blocks)
+    if intervals is None:
+        return Effect(value, None, None, sum(len(b.ids) for b in blocks), 0)
+    influence = sum(weights[k] * _influence(name, blocks, k) for k in range(total))
+    return intervals.effects_of(value, np.asarray(influence)[:, None], of_rates=name != "shortcut")[0]
+
+
+def _read(name: str, values: list[NDArray]) -> tuple[float | None, list[NDArray]]:
+    """The number of one run from the values of its blocks, each (keys, items), and the influence of every item on it, a block each."""
+    if name == "shortcut":
+        value, influence = shortcut(values[0][0], values[0][1])
+        return value, [influence]
+    means = [float(block[0].mean()) for block in values]
+    at = int(np.argmin(means))
+    return means[at], [block[0] - means[k] if k == at else np.zeros(block.shape[1]) for k, block in enumerate(values)]
+
+
+def _influence(name: str, blocks: list[_Block], run: int) -> NDArray:
+    """(items of all blocks,): scaled so that the mean of several blocks' items has the influence of the one block."""
+    _, parts = _read(name, [block.values[run] for block in blocks])
+    total = sum(len(part) for part in parts)
+    return np.concatenate([part * (total / len(part)) for part in parts])
+
+
+def _intervals(blocks: list[_Block]) -> Intervals | None:
+    """Clustered by the sources of all items together; None where blocks cannot be clustered alike."""
+    if len({(len(block.clusters), block.dyads) for block in blocks}) > 1 or (len(blocks) > 1 and blocks[0].dyads):
+        return None
+    sides = [[source for block in blocks for source in block.clusters[side]] for side in range(len(blocks[0].clusters))]
+    clusters = Dyads(*sides) if blocks[0].dyads else by_source(*sides) if len(sides) == 2 else sides[0]
+    return Intervals(clusters, len(sides[0]))
+
+
+def _blocks(name: str, runs: list[Findings]) -> list[_Block] | None:
+    """The values that a measure is made of, on the items that all runs share. None where a run has none."""
+    wanted = [_keys(name, findings) for findings in runs]
+    if any(not keys for keys in wanted):
+        return None
+    blocks = []
+    for part in range(len(wanted[0])):
+        kept = [_kept(findings, keys[part]) for findings, keys in zip(runs, wanted, strict=True)]
+        found = [items for items in kept if items is not None]
+        if len(found) < len(kept):
+            return None
+        shared = set.intersection(*(set(items.ids) for items in found))
+        ids = [item for item in found[0].ids if item in shared]
+        if not ids:
+            return None
+        values = []
+        for items, keys in zip(found, wanted, strict=True):
+            at = {item: k for k, item in enumerate(items.ids)}
+            rows = [at[item] for item in ids]
+            values.append([unpacked(items.values[key.text], len(items.ids))[rows] for key in keys[part]])
+        place = {item: k for k, item in enumerate(found[0].ids)}
+        clusters = [[side[place[item]] for item in ids] for side in found[0].clusters]
+        blocks.append(_Block(np.array(values), ids, clusters, found[0].dyads))
+    return blocks
+
+
+def _kept(findings: Findings, keys: list[Key]) -> Items | None:
+    """The items that keep all of these numbers."""
+    return next((items for items in findings.items if all(key.text in items.values for key in keys)), None)
+
+
+def _keys(name: str, findings: Findings) -> list[list[Key]]:
+    """Which kept numbers a measure is made of: a list of keys a block. Empty where these findings cannot have it."""
+
+    def right(condition: str, question: str) -> list[Key]:
+        return [Key("following", condition, question, "", "correct")]
+
+    match name:
+        case "hear_conflicts":
+            return [right("counterfactual", "hear")]
+        case "see_conflicts":
+            return [right("counterfactual", "see")]
+        case "hear_factual":
+            return [right("factual", "hear")]
+        case "see_factual":
+            return [right("factual", "see")]
+        case "factual":
+            return [right("factual", "hear"), right("factual", "see")]
+        case "worst":
+            return [right(condition, question) for condition in ("counterfactual", "factual") for question in ("hear", "see")]
+        case "shortcut":
+            return [[Key("reliance", None, "hear", "", f"effect_{stream}") for stream in ("video", "audio")]]
+        case "abstains":
+            row = abstention(findings)
+            return [[Key("following", row.condition, row.question, "", "nothing")]] if row else []
+        case "caption_sound" | "caption_picture":
+            judge = next((c.judge for c in findings.fidelity if (c.condition, c.question, c.cut) == ("counterfactual", "both", None)), None)
+            side = "audio" if name == "caption_sound" else "video"
+            return [[caption_key(judge, "counterfactual", "both", None, side)]] if judge else []
+    raise ValueError(f"{name!r} is no measure; known are {', '.join(MEASURES)}.")

@@ -1,0 +1,286 @@
+"""Ablations: the numbers by hand, sets as they are read, and real runs that are killed and taken up again."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from analysis.__main__ import main
+from analysis.ablate import AblateError, flat, is_done, load_set, nested, plan_jobs
+from analysis.ablation import Ablation, Run, compare_arms
+from analysis.ablation_report import ablation_tables, charts, markdown, write_page
+from analysis.findings import CaptionFidelity, Estimate, Findings
+from analysis.items import ItemStore, Key
+from analysis.statistics import Dyads
+from models.tiny import build_tiny
+from tests.train.conftest import BUILD
+from train.config import Config, load_yaml
+
+SETS = sorted(Path("configs/ablations").glob("*.yaml"))
+NAMES = ["c0", "c1", "c2", "c3"]
+ALL, NONE = "1111", "0000"
+
+
+def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, picture=None, captions=None, names=NAMES, **changes):
+    """Findings that keep these answers ("1": right) of four conflicts and four factual clips; each clip has sources of its own."""
+    store = ItemStore()
+    for condition, answers in (("counterfactual", {"hear": hear, "see": see}), ("factual", {"hear": hear_factual, "see": see_factual})):
+        ids = [f"{condition} {name}" for name in names]
+        for question, right in answers.items():
+            group = store.of(ids, ([f"picture of {i}" for i in ids], [f"recording of {i}" for i in ids]))
+            group.keep(Key("following", condition, question, "", "correct"), [int(r) for r in right])
+    if sound:
+        grids = store.of(["g0", "g1", "g2"], Dyads(["a", "c", "e"], ["b", "d", "f"]))
+        for measure, values in (("effect_audio", sound), ("effect_video", picture)):
+            grids.keep(Key("reliance", None, "hear", "", measure), values)
+    made = Findings("m", None, None, "test", "clips", 2, {"seed": 0})
+    if captions:
+        store.of(NAMES, (NAMES, NAMES)).keep(Key("captions", "counterfactual", "both", "labels judge, no cut", "audio"), captions)
+        nobody = Estimate(0.0, None, None, 4, 4)
+        made.fidelity = [CaptionFidelity("labels", "counterfactual", "both", None, nobody, None, nobody, nobody)]
+    made.items = store.saved()
+    return dataclasses.replace(made, **changes)
+
+
+def run(after, seed=0, before=None, minutes=2.0):
+    return Run(seed, f"runs/x/seed_{seed}", before or found(hear=NONE), after, minutes, 1000, "step_000002")
+
+
+def compared(**runs):
+    return compare_arms("t", "", "plan", {name: (f"what {name} does", {"loss.mirror": 0}) for name in runs}, runs)
+
+
+def test_differences_pair_clips_and_pool_seeds():
+    """Per clip, mean over seeds: other 1 ½ 0 1, plan 0 ½ 0 1; so differences 1 0 0 0: mean ¼, standard error ½ / √4, t with 3 degrees 3.18245."""
+    result = compared(plan=[run(found("0101"), 0), run(found("0001"), 1)], other=[run(found("1101"), 0), run(found("1001"), 1)])
+    plan, other = (row.measures["hear_conflicts"] for row in result.arms)
+    assert plan.difference is None and plan.seeds == [0.5, 0.25] and other.seeds == [0.75, 0.5]
+    assert other.estimate.value == 0.625 and other.spread == pytest.approx(0.25 / 2**0.5)
+    difference = other.difference
+    assert (difference.value, difference.n, difference.clusters) == (0.25, 4, 4)
+    assert (difference.low, difference.high) == pytest.approx((0.25 - 3.18245 / 4, 0.25 + 3.18245 / 4), abs=1e-4)
+    assert other.gain.value == 0.625 and result.before.measures["hear_conflicts"].estimate.value == 0.0
+    assert [row.minutes for row in result.arms] == [[2.0, 2.0]] * 2 and result.arms[0].parameters == 1000
+
+
+def test_pairs_are_the_same_clips_whatever_their_order():
+    turned = found("1011", names=NAMES[::-1])  # c0 right, c1 right, c2 wrong, c3 right
+    result = compared(plan=[run(found("1101"))], other=[run(turned)])
+    assert result.arms[1].measures["hear_conflicts"].difference.value == 0.0
+    differ = compared(plan=[run(found("1101"))], other=[run(found("1011"))]).arms[1].measures["hear_conflicts"].difference
+    assert differ.value == 0.0 and differ.high > 0.5  # the means agree, the clips do not
+
+
+def test_worst_of_takes_the_lowest_rate_of_each_run():
+    """Seed 0: see-questions on conflicts, ¼; seed 1: factual hear-questions, ½; the mean is 3/8. The plan's: ¾ (hear on conflicts)."""
+    other = [run(found("1110", "1000", ALL, ALL), 0), run(found(ALL, ALL, "1100", ALL), 1)]
+    result = compared(plan=[run(found("1110"))], other=other)
+    worst, factual = result.arms[1].measures["worst"], result.arms[1].measures["factual"]
+    assert worst.seeds == [0.25, 0.5] and worst.estimate.value == 0.375 and worst.difference.value == -0.375
+    assert factual.seeds == [1.0, 0.5] and factual.gain.value == -0.25
+    assert 0.0 <= worst.estimate.low < 0.375 < worst.estimate.high <= 1.0
+    # Seed 1 alone: 1 1 0 0 with mean ½, and three blocks that add nothing. Σ e² / n² of four clips is 1/16: standard error a little over ¼.
+    alone = compared(plan=[run(found())], other=[other[1]]).arms[1].measures["worst"].difference
+    assert alone.value == -0.5 and alone.n == 16
+    assert 0.25 * 2.13 < (alone.high - alone.low) / 2 < 0.29 * 3.19  # t of 15 and of 3 degrees
+
+
+def test_shortcut_index_and_captions():
+    """Sound 3, picture 1: ¼; sound 1, picture 1: ½."""
+    plan = [run(found(sound=[3.0, 3.0, 3.0], picture=[1.0, 0.5, 1.5], captions=[1, 0.5, 0, 0]))]
+    other = [run(found(sound=[1.0, 0.5, 1.5], picture=[1.0, 1.5, 0.5], captions=[1, 1, 1, 0]))]
+    result = compared(plan=plan, other=other)
+    first, second = (row.measures["shortcut"] for row in result.arms)
+    assert first.estimate.value == 0.25 and second.estimate.value == 0.5 and second.difference.value == pytest.approx(0.25)
+    assert result.arms[1].measures["caption_sound"].difference.value == pytest.approx(0.375)
+    assert "abstains" not in result.arms[0].measures and "caption_picture" not in result.arms[0].measures
+
+
+def test_what_cannot_be_compared_is_said():
+    elsewhere = run(found("1111", data_hash="other clips"))
+    result = compared(plan=[run(found("0101"))], other=[elsewhere])
+    assert result.arms[1].measures["hear_conflicts"].difference is None and result.arms[1].measures["hear_conflicts"].gain is None
+    assert "other was not measured like the first arm (data_hash" in result.left_out[0]
+    result = compare_arms("t", "", "plan", {"plan": ("", {}), "other": ("", {})}, {"other": [run(found())]})
+    assert [row.arm for row in result.arms] == ["other"] and "No run of the reference arm plan" in result.left_out[0]
+
+
+def test_files(tmp_path):
+    """The JSON comes back as it was; the chart is well-formed and has both arms; texts are escaped."""
+    result = compared(plan=[run(found("0101"), 0), run(found("0001"), 1)], **{"<b>other</b>": [run(found("1101"), 0)]})
+    ablation = Ablation([result])
+    ablation.save(tmp_path / "ablation.json")
+    assert Ablation.load(tmp_path / "ablation.json") == ablation
+    for caption, drawing in charts(result):
+        svg = ElementTree.fromstring(str(drawing.svg()).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+        big = [c for c in svg.iter("{http://www.w3.org/2000/svg}circle") if c.get("r") == "4.5"]
+        assert caption and len(big) == 2 and len([c for c in svg.iter("{http://www.w3.org/2000/svg}circle") if c.get("r") == "2"]) == 2
+    write_page(tmp_path / "page.html", ablation)
+    page = (tmp_path / "page.html").read_text()
+    assert "<b>other" not in page and "75.0 %" in page and "://" not in page
+    text = markdown(ablation)
+    assert "| before | – | 0.0 % |" in text and "| plan | 0, 1 | 37.5 % ± 17.7 |" in text
+    assert len(ablation_tables(ablation)) == 1
+
+
+# ---------------------------------------------------------------- sets
+
+
+def test_ready_made_sets_fit_the_training_configuration(tmp_path):
+    """Every arm of every set is a configuration that training takes, and the default arm is one run, whatever set it is in."""
+    assert [path.stem for path in SETS] == ["data", "dose", "headline", "layers", "rank", "regularisers", "teachers"]
+    sets = [load_set(path) for path in SETS]
+    for one in sets:
+        assert one.seeds == (0, 1, 2) and len({arm.key for arm in one.arms}) == len(one.arms)
+        for arm in one.arms:
+            path = tmp_path / "arm.yaml"
+            path.write_text(yaml.safe_dump(nested(arm.settings)))
+            load_yaml(path)
+    keys = {(one.path.stem, arm.name): arm.key for one in sets for arm in one.arms}
+    same = [("headline", "plan"), ("layers", "plan"), ("regularisers", "plan"), ("data", "grids"), ("rank", "r16"), ("dose", "all")]
+    assert len({keys[at] for at in same}) == 1
+    assert keys["headline", "label_free"] == keys["teachers", "cut"] == keys["data", "factual_no_labels"]
+    assert len(plan_jobs(sets, tmp_path)) == 3 * len(set(keys.values()))
+
+
+def test_a_baseline_has_no_term_that_the_plan_would_add():
+    """None means that the plan decides: a term that an arm is without has to be 0."""
+    arm = next(arm for arm in load_set(Path("configs/ablations/headline.yaml")).arms if arm.name == "matched_sft")
+    terms = {key for key, value in flat(dataclasses.asdict(Config())["loss"]).items() if value is None and not key.endswith("_cut")}
+    assert {key for key in terms if arm.settings[f"loss.{key}"] == 0} == terms - {"counterfactual_ce"}
+
+
+def a_set(tmp_path, **changes):
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"lora": {"r": 4}, "run": {"folder": "elsewhere"}}))
+    said = {"base": str(base), "reference": "a", "arms": {"a": None, "b": {"set": {"lora.r": 8}}}} | changes
+    path = tmp_path / "set.yaml"
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def test_settings_come_one_on_top_of_the_other(tmp_path):
+    path = a_set(tmp_path, common={"lora": {"alpha": 8}, "schedule.steps": 5})
+    one = load_set(path, ["schedule.steps=2", "lora.r=6"], seeds=[7])
+    assert [arm.settings for arm in one.arms] == [{"lora.r": r, "lora.alpha": 8, "schedule.steps": 2} for r in (6, 8)]
+    assert one.seeds == (7,) and nested(one.arms[1].settings)["lora"] == {"r": 8, "alpha": 8}
+    assert [arm.name for arm in load_set(path, only=["b"]).arms] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "c"}, "reference 'c' is none of its arms"),
+        ({"armz": {}}, "unknown key 'armz'"),
+        ({"base": "no/such.yaml"}, "base no/such.yaml is no file"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"arms": {"a": {"sets": {}}}}, "unknown key 'sets'"),
+        ({"arms": {"a": {"set": {"run.folder": "x"}}}}, "sets run.folder"),
+    ],
+)
+def test_a_set_that_does_not_fit_is_refused(tmp_path, changes, message):
+    with pytest.raises(AblateError, match=message):
+        load_set(a_set(tmp_path, **changes))
+
+
+def test_the_command_line_refuses(tmp_path, capsys):
+    path = str(a_set(tmp_path))
+    for flags, message in ((["--set", "lora.r"], "write key=value"), (["--jobs", "0"], "--jobs 0"), (["--arms", "z"], "--arms z")):
+        assert main(["ablate", path, "--out", str(tmp_path / "out"), *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- real runs
+
+
+@pytest.fixture(scope="module")
+def tiny_set(tmp_path_factory):
+    """Two arms of two steps with a tiny random model, and one that training refuses."""
+    from data.build import build
+
+    folder = tmp_path_factory.mktemp("ablation")
+    clips = build(BUILD, folder / "clips", progress=False)
+    model = build_tiny(folder / "tiny", seed=0, layers=2, hidden=64)
+    few = {"counterfactual": 4, "factual": 4, "grids": 2, "max_new_tokens": 4, "flips": 10, "knockout": 0, "knockout_factual": 0}
+    settings = {
+        "model": {"path": str(model)},
+        "data": {"clips": str(clips.root), "build": json.loads(json.dumps(dataclasses.asdict(BUILD)))},
+        "lora": {"r": 2, "alpha": 4, "layers": [0, 1], "projections": ["q_proj"]},
+        "loss": {"require_bias": False, "distillation": 0, "mirror": 0, "states": 0, "retention": 0},
+        "schedule": {"steps": 2, "grids": 1, "checkpoint_every": 1},
+        "diagnosis": {
+            "plan": few,
+            "selection": few,
+            "test": few | {"alone": 0, "unseen": 0, "flow": False, "lens": False, "probes": False, "shift": 0, "captions": 0},
+        },
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(settings))
+    arms = {"plan": None, "fast lane": {"set": {"schedule.lr": "1e-2"}}, "wrong": {"set": {"loss.gate": 2.0}}}
+    for name, chosen in (("set", ["plan", "fast lane"]), ("again", ["plan", "wrong"])):
+        said = {"title": name, "base": str(folder / "base.yaml"), "reference": "plan", "arms": {arm: arms[arm] for arm in chosen}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(said))
+    return folder
+
+
+def test_killed_and_started_again(tiny_set, capsys):
+    """SIGKILL hits a child, SIGTERM the whole; then the same command ends the work, and once more it starts nothing."""
+    out = tiny_set / "out"
+    line = ["ablate", str(tiny_set / "set.yaml"), "--out", str(out), "--jobs", "2", "--set", "run.threads=1"]
+    whole = subprocess.Popen([sys.executable, "-m", "analysis", *line], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    logs = out / "runs"
+    deadline = time.monotonic() + 120
+
+    def wait_for(pattern):
+        while not list(logs.glob(pattern)):
+            assert whole.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+
+    wait_for("*/seed_0/metrics.jsonl")
+    whole.send_signal(signal.SIGTERM)
+    _, err = whole.communicate(timeout=60)
+    assert whole.returncode == 130 and "goes on where it was" in err
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in p.read_bytes()]
+    assert not (out / "ablation.json").exists()
+
+    assert main(line) == 0
+    assert "fast lane" in capsys.readouterr().out
+    ablation = Ablation.load(out / "ablation.json")
+    (one,) = ablation.sets
+    assert [row.arm for row in one.arms] == ["plan", "fast lane"] and one.before is not None
+    plan, fast = one.arms
+    assert plan.seeds == fast.seeds == [0] and plan.parameters == fast.parameters == 2 * 2 * (64 + 64)
+    assert fast.measures["hear_conflicts"].difference.n == 4 and plan.checkpoints[0].startswith("step_00000")
+    assert (out / "ablation.md").is_file() and (out / "ablation.html").is_file()
+    jobs = plan_jobs([load_set(tiny_set / "set.yaml", ["run.threads=1"])], out)
+    assert all(is_done(job) for job in jobs.values())
+    stamps = {p: p.stat().st_mtime_ns for p in logs.rglob("*") if p.is_file()}
+    assert main(line) == 0
+    assert {p: p.stat().st_mtime_ns for p in logs.rglob("*") if p.is_file()} == stamps
+
+    # Another set: its first arm is done already, the other fails at once and stops nothing.
+    capsys.readouterr()
+    assert main(["ablate", str(tiny_set / "again.yaml"), "--out", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert "1 of 2 runs failed" in shown.err and "loss.gate is 2.0" in shown.err and "wrong failed with seed 0" in " ".join(shown.out.split())
+    assert [row.arm for row in Ablation.load(out / "ablation.json").sets[0].arms] == ["plan"]
+    assert len(list(logs.iterdir())) == 3
+
+
+def test_a_run_with_other_settings_is_not_done(tiny_set):
+    """After the test above: a run folder whose settings someone changed is not taken for this arm's."""
+    job = next(iter(plan_jobs([load_set(tiny_set / "set.yaml")], tiny_set / "out").values()))
+    assert is_done(job)
+    saved = job.folder / "config.yaml"
+    text = saved.read_text()
+    saved.write_text(text.replace("grids: 1\n", "grids: 3\n"))
+    assert text != saved.read_text() and not is_done(job)
+    saved.write_text(text)
+    assert is_done(job) and os.path.exists(job.output)
