@@ -86,11 +86,17 @@ def run(config: Config) -> Path:
     """Everything, from the first stage that is not done yet. Returns the run folder. Raises the errors that `main` prints."""
     schedule, part, folder = config.schedule, config.diagnosis, Path(config.run.folder)
     accelerator = Accelerator(
+        cpu=joined_on_cpu(),
         gradient_accumulation_steps=schedule.accumulate,
         log_with=None if config.run.tracker == "none" else config.run.tracker,
         project_dir=str(folder),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # processes wait for each other in a diagnosis
     )
+    if accelerator.num_processes != started():
+        raise TrainError(
+            f"{started()} processes were started, but accelerate counts {accelerator.num_processes}, so each would train on its own. "
+            f"On CPU start them with `torchrun --nproc_per_node {started()} train …`, without DeepSpeed."
+        )
     main_process, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
     with accelerator.main_process_first():
@@ -189,7 +195,8 @@ def run(config: Config) -> Path:
     named = {"name": folder.name}  # a run taken up again goes on under its name
     also = {"trackio": named | {"resume": "allow", "embed": False}, "wandb": named | {"dir": str(folder)}}
     accelerator.init_trackers("avbalance", config={"run": config.run.folder}, init_kwargs=also)
-    console.print(f"[bold]Training[/bold] {plan.steps.value} steps, LoRA on {len(plan.lora_targets)} modules, weights {plan.weights()}")
+    processes = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    console.print(f"[bold]Training[/bold] {plan.steps.value} steps{processes}, LoRA on {len(plan.lora_targets)} modules, weights {plan.weights()}")
     best = train(config, plan, model, clips, accelerator, diagnose_checkpoint)
     if best.stopped:
         console.print(best.stopped)
@@ -344,6 +351,16 @@ def open_clips(config: Config) -> Clips:
     if manifest.is_file() and "config" not in load_clips(config.data.clips).manifest:
         return load_clips(config.data.clips)  # somebody's own
     return build(config.data.build, config.data.clips)
+
+
+def started() -> int:
+    """Processes that the launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def joined_on_cpu() -> bool:
+    """Whether several processes have to talk without a GPU: accelerate joins them only when it is told so."""
+    return started() > 1 and not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
 
 
 def default_threads(processes: int) -> int:

@@ -1,0 +1,118 @@
+"""However a step is split up, it is the same step: accumulation, processes, DeepSpeed. Counted in grids, in float32, without dropout.
+
+All through the command line. The gradient of the first step is read from the optimizer's first moment, which after one step is (1 − β₁) times it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from train.loop import main
+
+ROOT = Path(__file__).parents[2]
+ONE_STEP = ["--schedule.grids", "8", "--schedule.steps", "1", "--schedule.clip", "1e9", "--lora.dropout", "0"]
+# Both halves of LoRA get a gradient only from the second step on, so that is what three-step runs are for.
+THREE_STEPS = ["--schedule.grids", "2", "--schedule.steps", "3", "--schedule.checkpoint-every", "3", "--lora.dropout", "0", "--schedule.lr", "1e-3"]
+
+
+@pytest.fixture
+def printed():
+    """What the runs in processes of their own printed."""
+    return []
+
+
+@pytest.fixture
+def started(arguments, tmp_path, printed):
+    """started("name", flags, launcher): a finished run's folder; launcher None: in this process. Runs share the diagnoses of the untrained model."""
+
+    def start(name, flags, launcher=None, **environment):
+        command = [*arguments, "--run.folder", str(tmp_path / name), "--run.diagnoses", str(tmp_path / "common"), *flags]
+        if launcher is None:
+            assert main(command) == 0
+        else:
+            done = subprocess.run(
+                [sys.executable, "-m", *launcher, str(ROOT / "train"), *command],
+                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True, timeout=900,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            printed.append(" ".join(done.stdout.split()))
+        return tmp_path / name
+
+    return start
+
+
+def gradient(folder):
+    """Name -> gradient of the first step."""
+    moments = load_file(folder / "checkpoints" / "step_000001" / "state" / "optimizer.safetensors")
+    return {name: 10 * value for name, value in moments.items() if name.startswith("exp_avg.")}
+
+
+def adapter(folder, step):
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(folder):
+    """Lines of metrics.jsonl without the clock."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other, within=1e-5):
+    assert one.keys() == other.keys() and one
+    assert max((one[name].float() - other[name].float()).abs().max().item() for name in one) <= within
+
+
+def assert_same_metrics(one, other):
+    for line, same in zip(metrics(one), metrics(other), strict=True):
+        assert line == pytest.approx(same, rel=1e-4, abs=1e-5)
+
+
+def test_accumulation_and_two_processes_make_the_same_step(started, printed):
+    """8 grids at once, one after the other, and 4 in each of two processes that talk through gloo."""
+    whole = started("whole", ONE_STEP)
+    expected = gradient(whole)
+    assert max(value.abs().max().item() for value in expected.values()) > 1e-2  # there is something to compare
+    parts = started("parts", [*ONE_STEP, "--schedule.accumulate", "8"])
+    assert_same(gradient(parts), expected)
+    assert_same_metrics(parts, whole)
+    two = started("two", ONE_STEP, ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"])
+    assert "Training 1 steps in 2 processes" in printed[-1]
+    assert_same(gradient(two), expected)
+    assert_same_metrics(two, whole)
+
+
+def test_bfloat16_trains(started):
+    folder = started("bf16", ["--schedule.steps", "2", "--model.dtype", "bfloat16"])
+    weights = adapter(folder, 2)
+    assert {w.dtype for w in weights.values()} == {torch.float32}  # the adapter stays what is trained precisely
+    assert all(torch.isfinite(w).all() for w in weights.values()) and any(w.abs().max() > 0 for n, w in weights.items() if "lora_B" in n)
+    assert len(metrics(folder)) == 2
+
+
+def deepspeed(tmp_path, stage):
+    """`accelerate launch` with one DeepSpeed process."""
+    path = tmp_path / f"zero{stage}.yaml"
+    settings = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": 1, "num_machines": 1, "machine_rank": 0,
+        "mixed_precision": "no", "use_cpu": False,
+        "deepspeed_config": {"deepspeed_config_file": str(ROOT / "configs" / "deepspeed" / f"zero{stage}.json"), "zero3_init_flag": False},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(settings))
+    return ["accelerate.commands.launch", "--config_file", str(path)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_plain_and_keeps_no_frozen_weight(started, tmp_path, stage):
+    plain = started("plain", [*THREE_STEPS, "--lora.ema", "0.5"])
+    folder = started("zero", [*THREE_STEPS, "--lora.ema", "0.5"], deepspeed(tmp_path, stage), DS_ACCELERATOR="cpu")
+    assert_same(adapter(folder, 3), adapter(plain, 3))
+    assert_same_metrics(folder, plain)
+    raw = load_file(folder / "checkpoints" / "step_000003" / "state" / "ema.safetensors")
+    assert_same(raw, load_file(plain / "checkpoints" / "step_000003" / "state" / "ema.safetensors"))
