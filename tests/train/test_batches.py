@@ -1,5 +1,6 @@
 """What a step trains on is a function of (seed, step), holds nothing that is held out, and its teacher is the frozen model under the cut."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 
 from data.clips import Clips, DataError
-from data.questions import QUESTIONS
+from data.questions import MODALITIES, QUESTIONS
 from models import Kind
-from train.batches import Micro, _own_answer, loss_terms, make_micro, sample_step, share, training_clips
-from train.config import Config, DataPart, SchedulePart
+from train.batches import Ask, Group, Micro, _own_answer, dosed, loss_terms, make_micro, sample_step, share, span_scores, training_clips
+from train.config import Config, DataPart, LossPart, SchedulePart
 from train.objective import knockout_distillation
 from train.plan import Choice, parse_cut
+
+EMPTY = {"silence", "near_silence", "black", "near_black"}
 
 
 @pytest.fixture
@@ -29,19 +32,69 @@ def test_a_step_depends_on_seed_and_step_only(clips, config, plan):
     assert sample_step(clips, other, plan, 5) != first
 
 
-def test_a_group_is_a_grid_with_both_questions(clips, config, plan):
+def plain(group: Group) -> list[Ask]:
+    """Its questions about whole clips, on one stream."""
+    return [a for a in group.asks if not a.bare and a.modality != "both"]
+
+
+def test_a_group_is_a_grid_with_its_questions_and_a_bare_clip(clips, config, plan):
     for group in sample_step(clips, config, plan, 0):
-        cells = [ask.clip for ask in group[::2]]
-        assert [a.modality for a in group] == ["hear", "see"] * 4
+        cells = [ask.clip for ask in plain(group)[::2]]
+        assert [a.modality for a in group.asks] == ["hear", "see", "both"] * 5  # four cells and a bare clip
+        assert [a.bare for a in group.asks] == [False] * 12 + [True] * 3
         assert [c.condition for c in cells] == ["factual", "counterfactual", "counterfactual", "factual"]
         oo, ox, xo, xx = cells
         assert (ox.video_sha256, ox.audio_sha256) == (oo.video_sha256, xx.audio_sha256)
         assert (xo.video_sha256, xo.audio_sha256) == (xx.video_sha256, oo.audio_sha256)
 
 
+def test_neighbours_of_a_cell_and_wrong_answers(clips, config, plan):
+    """What the other stream, or the grid's other clip, would have as the answer; and the cells that differ in one stream."""
+    for ask in (a for group in sample_step(clips, config, plan, 0) for a in plain(group)):
+        same, swapped = ("audio_sha256", "video_sha256") if ask.modality == "hear" else ("video_sha256", "audio_sha256")
+        assert getattr(ask.same, same) == getattr(ask.clip, same) and getattr(ask.same, swapped) != getattr(ask.clip, swapped)
+        assert getattr(ask.swapped, swapped) == getattr(ask.clip, swapped) and getattr(ask.swapped, same) != getattr(ask.clip, same)
+        assert ask.wrong == (ask.swapped.heard if ask.modality == "hear" else ask.swapped.seen) != ask.truth[1]
+        if ask.clip.condition == "counterfactual":  # the wrong answer is what the other stream suggests
+            by_class = clips.labels()
+            other = by_class[ask.clip.video_label if ask.modality == "hear" else ask.clip.audio_label]
+            assert ask.wrong == other[1 if ask.modality == "hear" else 0]
+
+
+def test_every_way_of_taking_a_stream_away_is_drawn_alike(clips, config, plan):
+    bare = [[a for a in group.asks if a.bare] for step in range(4) for group in sample_step(clips, config, plan, step)]
+    ways = Counter("no sound" if not b[0].audio else "no picture" if not b[0].video else b[0].clip.condition for b in bare)
+    assert ways == {"muted": 2, "blanked": 2, "no sound": 2, "no picture": 2}
+    for hear, see, both in bare:
+        silent = not hear.audio or hear.clip.condition == "muted"
+        assert hear.about_nothing == silent and see.about_nothing != silent and not both.about_nothing
+        assert (hear if silent else see).truth == (("I hear nothing." if silent else "I see nothing."), "nothing")
+        assert "nothing" in both.truth[0]
+
+
+def test_other_ways_to_draw(clips, config, plan):
+    def conditions(train_on, **loss):
+        settings = Config(data=DataPart(train_on=train_on), schedule=config.schedule, loss=LossPart(**loss))
+        return [a for step in range(20) for group in sample_step(clips, settings, plan, step) for a in plain(group)[::2]]
+
+    one = conditions("one_swap")
+    assert [a.clip.condition for a in one[:4]] == ["factual", "counterfactual"] * 2
+    assert all(a.clip.video_sha256 == b.clip.video_sha256 for a, b in zip(one[::2], one[1::2], strict=True))
+    shuffled = Counter(a.clip.condition for a in conditions("shuffled"))
+    assert min(shuffled.values()) > 0.3 * shuffled.total() and all(a.same is None for a in one)
+    dropped = Counter((a.video, a.audio) for a in conditions("factual", modality_dropout=0.5))
+    assert set(dropped) == {(True, True), (False, True), (True, False)} and 0.3 < dropped[True, True] / dropped.total() < 0.7
+
+
+def test_a_dose_is_part_of_a_larger_one(clips):
+    grids = [g for g in clips.grids if g.split == "train"]
+    half, quarter = dosed(grids, 0.5, 0), dosed(grids, 0.25, 0)
+    assert len(half) == round(len(grids) / 2) and {g.id for g in quarter} < {g.id for g in half} and dosed(grids, 1, 0) == grids
+
+
 def test_wordings_vary(clips, config, plan):
-    asked = Counter(a.question for step in range(20) for group in sample_step(clips, config, plan, step) for a in group)
-    assert set(asked) == {*QUESTIONS["hear"], *QUESTIONS["see"]}
+    asked = Counter(a.question for step in range(20) for group in sample_step(clips, config, plan, step) for a in group.asks)
+    assert set(asked) == {wording for modality in MODALITIES for wording in QUESTIONS[modality]}
 
 
 def test_nothing_held_out_is_ever_drawn(clips, config, factual_config, plan):
@@ -49,38 +102,44 @@ def test_nothing_held_out_is_ever_drawn(clips, config, factual_config, plan):
     elsewhere = {r for c in clips.clips if c.split != "train" for r in (c.video_rendering, c.audio_rendering)}
     for settings in (config, factual_config):
         for step in range(50):
-            for ask in (a for group in sample_step(clips, settings, plan, step) for a in group):
+            for ask in (a for group in sample_step(clips, settings, plan, step) for a in group.asks):
                 assert ask.clip.split == "train"
                 assert tuple(sorted((ask.clip.video_label, ask.clip.audio_label))) not in held
-                assert not {ask.clip.video_rendering, ask.clip.audio_rendering} & elsewhere
+                assert not {ask.clip.video_rendering, ask.clip.audio_rendering} & (elsewhere - EMPTY)
 
 
 def test_factual_training_sees_factual_clips_only(clips, factual_config, plan):
-    drawn = [a.clip for step in range(20) for group in sample_step(clips, factual_config, plan, step) for a in group]
-    assert {c.condition for c in drawn} == {"factual"}
-    assert {c.condition for c in training_clips(clips, "factual")} == {"factual"}
+    drawn = [a for step in range(20) for group in sample_step(clips, factual_config, plan, step) for a in group.asks]
+    assert {a.clip.condition for a in drawn if not a.bare} == {"factual"}
+    assert {c.condition for c in training_clips(clips, "factual")} == {"factual", "muted", "blanked"}
 
 
 def test_class_weights_steer_the_draw(clips, config, plan):
     grids = [g for g in clips.grids if g.split == "train"]
     favourite = clips.by_id()[grids[0].oo].heard
     plan.class_weights = Choice({c[1]: 0.01 for c in clips.labels().values()} | {favourite: 2.0}, "")
-    drawn = Counter(a.clip.heard for step in range(50) for group in sample_step(clips, config, plan, step) for a in group)
+    drawn = Counter(a.clip.heard for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
     assert drawn.most_common(1)[0][0] == favourite
 
 
 def test_shares_are_the_whole_in_order(clips, plan):
     config = Config(schedule=SchedulePart(grids=4))
     groups = sample_step(clips, config, plan, 0)
-    whole = [ask for group in groups for ask in group]
-    assert [a for rank in range(2) for part in range(2) for a in share(groups, rank, 2, part, 2)] == whole
+    assert [group for rank in range(2) for part in range(2) for group in share(groups, rank, 2, part, 2)] == groups
     with pytest.raises(DataError, match="use a multiple of 3"):
         share(groups, 0, 3, 0, 1)
 
 
-def terms_of(model, micro: Micro):
-    logits, states, _ = model.decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"])
-    return loss_terms(logits, micro, states)
+LOSS = LossPart(max_answer_tokens=6)
+
+
+def terms_of(model, micro: Micro, plan):
+    return loss_terms(model, model.decoder(**micro.inputs), micro, plan)
+
+
+def questions(groups):
+    """About whole clips, on one stream: what the frozen model is asked."""
+    return [ask for group in groups for ask in plain(group)]
 
 
 def taught(ask, cut, answers):
@@ -89,17 +148,190 @@ def taught(ask, cut, answers):
 
 
 def test_terms_look_at_the_right_rows(clips, config, plan, model):
-    asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
-    answers = {}
-    micro = make_micro(model, asks, clips.root, plan, answers, 6)
-    assert micro.asked == {"counterfactual_ce": 16, "distillation": 8, "mirror": 8, "states": 16, "retention": 4}
-    assert (len(micro.rows["counterfactual_ce"]), len(micro.rows["retention"])) == (16, 4)
+    groups = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
+    asks, answers = questions(groups), {}
+    micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
+    # Two grids: 24 questions about cells, 6 about bare clips, 2 of them about nothing.
+    asked = {term: sum(part.asked for part in parts) for term, parts in micro.parts.items()}
+    assert asked == {"counterfactual_ce": 28, "abstention": 2, "distillation": 8, "mirror": 8, "states": 16, "retention": 4}
     for term, modality, cut in (("distillation", "hear", plan.teacher_cut.value), ("mirror", "see", plan.mirror_cut.value)):
-        assert len(micro.rows[term]) == len([a for a in asks if a.modality == modality and taught(a, cut, answers)])
+        assert len(micro.parts[term][0].rows) == len([a for a in asks if a.modality == modality and taught(a, cut, answers)])
     text = [model.tokenizer.decode([t for t in row.tolist() if t not in (-100, model.end_id)]) for row in micro.batch.targets]
-    heard = [text[row] for row in micro.rows["counterfactual_ce"][::2]]
-    assert heard == [f"I hear {a.clip.heard}." for a in asks[::2]]
-    assert [text[row] for row in micro.rows["counterfactual_ce"][1::2]] == [f"I see {a.clip.seen}." for a in asks[1::2]]
+    every = [ask for group in groups for ask in group.asks]
+    assert [text[row] for row in micro.parts["counterfactual_ce"][0].rows] == [a.truth[0] for a in every if not a.about_nothing]
+    assert [text[row] for row in micro.parts["abstention"][0].rows] == [a.truth[0] for a in every if a.about_nothing]
+    assert {"I hear nothing.", "I see nothing."} >= {text[row] for row in micro.parts["abstention"][0].rows}
+
+
+def test_a_true_answer_that_the_teacher_gives_too_keeps_its_label(clips, config, plan, model):
+    """One sequence for both; the hinge needs to know where the label is in it."""
+    groups = sample_step(clips, config, plan, 0)[:1]
+    answers = {}
+    for ask in questions(groups):
+        ids = model.tokenizer(ask.truth[0])["input_ids"]
+        for cut in ("", plan.teacher_cut.value, plan.mirror_cut.value):
+            answers[ask.clip.id, ask.question, cut] = ids
+    plan.extras = Choice({"hinge": 1.0}, "")
+    micro = make_micro(model, groups, clips.root, plan, LossPart(max_answer_tokens=24), answers)
+    hinge, distillation = micro.parts["hinge"][0], micro.parts["distillation"][0]
+    assert set(distillation.rows) < set(hinge.rows)
+    assert all(bool(micro.batch.span[row].any()) for row in (*hinge.rows, *hinge.against))
+    tokens = [
+        t for t, inside in zip(micro.batch.targets[hinge.against[0]].tolist(), micro.batch.span[hinge.against[0]].tolist(), strict=True) if inside
+    ]
+    assert model.tokenizer.decode(tokens).strip() == questions(groups)[0].wrong
+
+
+def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
+    """Every extra term from separate sequences, one a question, with the formulas written out."""
+    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    on = ("hinge", "dpo", "invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance")
+    plan.extras, plan.causal_layers = Choice(dict.fromkeys(on, 1.0), ""), Choice([0, 2], "")
+    groups, answers = sample_step(clips, config, plan, 0)[:1], {}
+    micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
+    terms = terms_of(model, micro, plan)
+    asks = questions(groups)
+
+    def alone(ask, suffix, audio=True):
+        """Answer log-probabilities, logits, states and attention mass of one sequence."""
+        batch = model.batch([dataclasses.replace(model.sequence(model.media(ask.clip, clips.root, True, audio), ask.question, ""), suffix=suffix)])
+        batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
+        out = model.decoder(**batch.inputs, states=batch.asked, mass=(0, 2))
+        return out.logits[0].log_softmax(-1), batch, out
+
+    def score(ask, text, whole=False, **how):
+        suffix = model.suffix(ask.question, *text)
+        logp, batch, _ = alone(ask, suffix, **how)
+        picked = logp.gather(-1, batch.targets[0][:, None])[:, 0]
+        return picked.sum() if whole else picked[batch.span[0]].mean()
+
+    def wrong(ask):
+        return (f"I hear {ask.wrong}." if ask.modality == "hear" else f"I see {ask.wrong}."), ask.wrong
+
+    wanted = dict.fromkeys(on, 0.0)
+    for ask in asks:
+        wanted["hinge"] += max(0.0, 1 - float(score(ask, ask.truth) - score(ask, wrong(ask)))) / 8
+        if ask.clip.condition == "counterfactual":
+            chosen, rejected = score(ask, ask.truth, True), score(ask, wrong(ask), True)
+            with model.adapter_off():
+                gain = float(chosen - rejected) - float(score(ask, ask.truth, True) - score(ask, wrong(ask), True))
+            wanted["dpo"] += -torch.nn.functional.logsigmoid(torch.tensor(0.1 * gain)).item() / 4
+        cut = (plan.teacher_cut if ask.modality == "hear" else plan.mirror_cut).value
+        if taught(ask, cut, answers):
+            own = _own_answer(model, ask.question, answers[ask.clip.id, ask.question, cut], 6)
+            here = alone(ask, own)[0]
+            for term, cell in (("invariance", ask.same), ("sensitivity", ask.swapped)):
+                other = alone(dataclasses.replace(ask, clip=cell), own)[0]
+                divergence = float((here.exp() * (here - other)).sum(-1).mean())
+                wanted[term] += (divergence if term == "invariance" else max(0.0, 1 - divergence)) / 8
+            if ask.modality == "hear":
+                mass = alone(ask, own)[2].mass[:, 0]
+                wanted["attention_balance"] += (
+                    float((0.5 - mass[:, Kind.AUDIO] / (mass[:, Kind.AUDIO] + mass[:, Kind.VIDEO])).clamp_min(0).mean()) / 4
+                )
+        if ask.modality == "hear":
+            with model.adapter_off():
+                without = float(score(ask, ask.truth, audio=False))
+            wanted["base_divergence"] += max(0.0, min(2.0, -without) - (float(score(ask, ask.truth)) - without)) / 4
+            _, batch, out = alone(ask, model.suffix(ask.question, *ask.truth))
+            label = batch.targets[0][batch.span[0]]
+            lens = model.lens(out.states[[0, 2], 0]).log_softmax(-1)
+            wanted["latent_readout"] += -float(lens[..., label].mean()) / 4
+    for term in on:
+        assert float(terms[term]) == pytest.approx(wanted[term], rel=1e-4, abs=1e-5), term
+    for term in on:
+        if float(terms[term]) == 0:  # a hinge that is satisfied
+            continue
+        [p.grad.zero_() for _, p in model.trainable_parameters() if p.grad is not None]
+        terms[term].backward(retain_graph=True)
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for _, p in model.trainable_parameters()), term
+    assert torch.isfinite(span_scores(model.forward(micro.batch), micro.batch)).all()
+
+
+def test_the_teacher_without_the_other_stream(clips, config, plan, model):
+    groups, answers = sample_step(clips, config, plan, 0)[:1], {}
+    micro = make_micro(model, groups, clips.root, plan, dataclasses.replace(LOSS, teacher="removed"), answers)
+    assert {key[2] for key in answers} == {""} and {key[0].split(" ", 1)[-1] for key in answers} >= {"without picture", "without sound"}
+    part, at = micro.parts["distillation"][0], 0
+    for ask in (a for a in questions(groups) if a.modality == "hear"):
+        said = answers[f"{ask.clip.id} without picture", ask.question, ""]
+        if ask.clip.condition == "factual" and said != answers[ask.clip.id, ask.question, ""]:
+            continue
+        own = _own_answer(model, ask.question, said, 6)
+        batch = model.batch([dataclasses.replace(model.sequence(model.media(ask.clip, clips.root, video=False), ask.question, ""), suffix=own)])
+        torch.testing.assert_close(part.reference[at, : len(own.targets)], model.forward(batch)[0], atol=1e-5, rtol=1e-5)
+        at += 1
+    assert at == len(part.rows) > 0
+    assert micro.parts["states"][0].reference.shape[0] == model.n_layers
+
+
+def test_the_gate_leaves_unsure_answers_out(clips, config, plan, model):
+    groups, answers = sample_step(clips, config, plan, 0), {}
+    every = make_micro(model, groups, clips.root, plan, LOSS, answers).parts["distillation"][0]
+    rows = range(len(every.rows))
+    targets = make_micro(model, groups, clips.root, plan, LOSS, answers).batch.targets[every.rows]
+    logp = every.reference.log_softmax(-1).gather(-1, targets[:, : every.reference.shape[1]].clamp_min(0)[..., None])[..., 0]
+    mask = targets[:, : every.reference.shape[1]] != -100
+    sure = ((logp * mask).sum(1) / mask.sum(1)).exp()
+    gate = float(sure.sort().values[len(rows) // 2])
+    gated = make_micro(model, groups, clips.root, plan, dataclasses.replace(LOSS, gate=gate), answers).parts["distillation"][0]
+    assert len(gated.rows) == int((sure >= gate).sum()) < len(every.rows) and gated.asked == every.asked
+
+
+def test_a_teacher_that_is_the_moving_average(clips, config, plan, model):
+    """Its answers are not kept, and it is the adapter inside the given context that speaks."""
+    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
+
+    @contextlib.contextmanager
+    def average():
+        saved = [p.detach().clone() for _, p in model.trainable_parameters()]
+        with torch.no_grad():
+            for n, (_, p) in enumerate(model.trainable_parameters()):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) * 0.3)
+        yield
+        with torch.no_grad():
+            for (_, p), old in zip(model.trainable_parameters(), saved, strict=True):
+                p.copy_(old)
+
+    groups, answers = sample_step(clips, config, plan, 0)[:1], {}
+    frozen = make_micro(model, groups, clips.root, plan, LOSS, answers, average).parts
+    assert answers
+    kept = dict(answers)
+    loss = dataclasses.replace(LOSS, teacher_weights="ema")
+    own = make_micro(model, groups, clips.root, plan, loss, answers, average)
+    assert answers == kept
+    with average():
+        again = make_micro(model, groups, clips.root, plan, loss, {}, contextlib.nullcontext)
+    assert torch.equal(own.parts["mirror"][0].reference, again.parts["mirror"][0].reference)
+    assert own.parts["mirror"][0].reference.shape != frozen["mirror"][0].reference.shape or not torch.allclose(
+        own.parts["mirror"][0].reference, frozen["mirror"][0].reference
+    )
+
+
+def test_plain_text_is_kept(clips, config, plan, model, tmp_path):
+    (tmp_path / "text.txt").write_text("The dog sleeps in the sun.\n\nIt rains on the sea.\n")
+    config = dataclasses.replace(config, data=DataPart(text=str(tmp_path / "text.txt")), loss=LossPart(text_retention=1.0))
+    plan.extras = Choice({"text_retention": 1.0}, "")
+    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
+    groups = sample_step(clips, config, plan, 0)
+    assert all(len(group.texts) == 1 for group in groups)
+    micro = make_micro(model, groups, clips.root, plan, config.loss, {})
+    assert abs(float(terms_of(model, micro, plan)["text_retention"])) < 1e-6
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    assert float(terms_of(model, micro, plan)["text_retention"]) > 1e-3
+    part = micro.parts["text_retention"][0]
+    said = model.tokenizer.decode([t for t in micro.batch.targets[part.rows[0]].tolist() if t != -100])
+    assert groups[0].texts[0].endswith(said.strip())
+    (tmp_path / "text.txt").write_text("\n")
+    with pytest.raises(DataError, match="has no text"):
+        sample_step(clips, config, plan, 0)
 
 
 def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, model):
@@ -109,9 +341,9 @@ def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, mode
         for name, parameter in model.trainable_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2)
-    answers = {}
-    micro = make_micro(model, asks, clips.root, plan, answers, 6)
+    groups = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2)
+    asks, answers = questions(groups), {}
+    micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
     hear = [a for a in asks if a.modality == "hear" and taught(a, plan.teacher_cut.value, answers)]
     assert len(hear) < 4  # the random model answers otherwise under the cut in one factual cell at least, so that there is something to leave out
     cut = (parse_cut(plan.teacher_cut.value),)
@@ -126,15 +358,15 @@ def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, mode
         expected = model.forward(batch, [cut] * len(own))
         uncut = model.forward(batch)
     mask = batch.targets != -100
-    said = micro.teacher["distillation"][:, : mask.shape[1]]
+    said = micro.parts["distillation"][0].reference[:, : mask.shape[1]]
     torch.testing.assert_close(said[mask], expected[mask], atol=1e-5, rtol=1e-5)
     assert (said[mask] - uncut[mask]).abs().max() > 0.01  # the cut does something
-    assert torch.equal(batch.targets, micro.batch.targets[micro.rows["distillation"]][:, : mask.shape[1]])
+    assert torch.equal(batch.targets, micro.batch.targets[micro.parts["distillation"][0].rows][:, : mask.shape[1]])
     # greedy: the teacher's most likely token is the token of its answer
     assert torch.equal(said.argmax(-1)[mask], batch.targets[mask])
     student = model.forward(micro.batch)
-    terms = loss_terms(student, micro)
-    by_hand = knockout_distillation(expected, student[micro.rows["distillation"]][:, : mask.shape[1]], mask) * len(hear) / 4
+    terms = terms_of(model, micro, plan)
+    by_hand = knockout_distillation(expected, student[micro.parts["distillation"][0].rows][:, : mask.shape[1]], mask) * len(hear) / 4
     torch.testing.assert_close(terms["distillation"], by_hand, atol=1e-5, rtol=1e-4)
     assert all(p.requires_grad for _, p in model.trainable_parameters())
 
@@ -147,15 +379,15 @@ def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     plan.teacher_cut, plan.mirror_cut = Choice("video->question+emitters 1:3", ""), Choice("audio->emitters 0:2", "")
-    asks, answers = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2), {}
-    micro = make_micro(model, asks, clips.root, plan, answers, 6)
-    logits, states, _ = model.decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"])
+    groups, answers = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2), {}
+    asks, micro = questions(groups), make_micro(model, groups, clips.root, plan, LOSS, answers)
+    logits, states, _ = model.decoder(**micro.inputs)
     torch.testing.assert_close(logits, model.forward(micro.batch))
     wanted = torch.zeros(())
-    for term, modality, choice in (("distillation", "hear", plan.teacher_cut), ("mirror", "see", plan.mirror_cut)):
-        cut = parse_cut(choice.value)
+    for number, (modality, choice) in enumerate((("hear", plan.teacher_cut), ("see", plan.mirror_cut))):
+        cut, part = parse_cut(choice.value), micro.parts["states"][number]
         kept = [a for a in asks if a.modality == modality and taught(a, choice.value, answers)]
-        assert micro.states[term].shape[:2] == (3 - cut.start, len(kept))
+        assert part.reference.shape[:2] == (3 - cut.start, len(kept))
         for n, ask in enumerate(kept):
             suffix = _own_answer(model, ask.question, answers[ask.clip.id, ask.question, choice.value], 6)
             batch = model.batch([dataclasses.replace(model.sequence(model.media(ask.clip, clips.root), ask.question, ""), suffix=suffix)])
@@ -163,60 +395,64 @@ def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config
             with torch.no_grad(), model.adapter_off():
                 said = model.decoder(**batch.inputs, cuts=[(cut,)], states=batch.inputs["rows"]).states[cut.start :, 0]
             length = said.shape[1]
-            torch.testing.assert_close(micro.states[term][:, n, :length], said, atol=1e-5, rtol=1e-5)
-            mine = states[cut.start :, micro.rows[term][n], :length]
+            torch.testing.assert_close(part.reference[:, n, :length], said, atol=1e-5, rtol=1e-5)
+            mine = states[cut.start :, part.rows[n], :length]
             wanted = wanted + ((mine - said).square().sum(-1) / said.square().sum(-1)).mean() / 8
-    torch.testing.assert_close(loss_terms(logits, micro, states)["states"], wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(terms_of(model, micro, plan)["states"], wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_known_answers_are_not_generated_again(clips, config, plan, model, monkeypatch):
-    asks = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
-    answers = {}
-    first = make_micro(model, asks, clips.root, plan, answers, 6)
+    groups = share(sample_step(clips, config, plan, 0), 0, 1, 0, 1)
+    asks, answers = questions(groups), {}
+    first = make_micro(model, groups, clips.root, plan, LOSS, answers)
     monkeypatch.setattr(type(model), "generate_ids", None)
-    again = make_micro(model, asks, clips.root, plan, answers, 6)
-    assert all(torch.equal(first.teacher[t], again.teacher[t]) for t in first.teacher)
+    again = make_micro(model, groups, clips.root, plan, LOSS, answers)
+    for term in ("distillation", "mirror", "retention"):
+        assert torch.equal(first.parts[term][0].reference, again.parts[term][0].reference)
     factual = {(a.clip.id, a.question) for a in asks if a.clip.condition == "factual"}
     assert len(answers) == len({(a.clip.id, a.question) for a in asks}) + len(factual)
 
 
 def test_a_term_with_nothing_to_teach_is_zero(clips, factual_config, plan, model):
     """On factual clips every answer may be changed by the cut; then the term is 0 and so is its gradient."""
-    asks = share(sample_step(clips, factual_config, plan, 0), 0, 1, 0, 2)
+    groups = share(sample_step(clips, factual_config, plan, 0), 0, 1, 0, 2)
     plan.counterfactual_ce = plan.mirror = Choice(0.0, "")
-    answers = {(a.clip.id, a.question, cut): [5 + len(cut)] for a in asks for cut in (plan.teacher_cut.value, "")}
-    micro = make_micro(model, asks, clips.root, plan, answers, 6)
-    logits = model.forward(micro.batch).requires_grad_()
-    terms = loss_terms(logits, micro)
-    assert micro.rows["distillation"] == [] and terms["distillation"].item() == 0.0
-    assert torch.autograd.grad(terms["distillation"], logits)[0].abs().max() == 0.0
+    answers = {(a.clip.id, a.question, cut): [5 + len(cut)] for a in questions(groups) for cut in (plan.teacher_cut.value, "")}
+    model.add_lora(model.lora_targets([0], ["q_proj"]), 4, 8)
+    micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
+    terms = terms_of(model, micro, plan)
+    assert micro.parts["distillation"][0].rows == [] and terms["distillation"].item() == 0.0
+    terms["distillation"].backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0.0 for _, p in model.trainable_parameters())
 
 
 def test_a_cut_into_the_media_gets_a_prefix_of_its_own(clips, config, plan, model):
     plan.teacher_cut = Choice("video->audio 0:3", "")
-    micro = make_micro(model, share(sample_step(clips, config, plan, 0), 0, 1, 0, 2), clips.root, plan, {}, 6)
-    assert set(micro.teacher) == {"distillation", "mirror", "retention"}
+    groups = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2)
+    micro = make_micro(model, groups, clips.root, plan, LOSS, {})
+    assert micro.parts["distillation"][0].rows and micro.parts["mirror"][0].rows and micro.parts["retention"][0].rows
 
 
 def test_an_untrained_adapter_has_no_retention_loss(clips, config, plan, model):
     """LoRA starts as the identity, so student = adapter-off model and the KL is 0; the distillation terms are not, because of their cuts."""
     model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
-    micro = make_micro(model, share(sample_step(clips, config, plan, 0), 0, 1, 0, 1), clips.root, plan, {}, 6)
-    terms = terms_of(model, micro)
+    terms = terms_of(model, make_micro(model, sample_step(clips, config, plan, 0), clips.root, plan, LOSS, {}), plan)
     assert abs(terms["retention"].item()) < 1e-6 < terms["distillation"].item()
 
 
-def test_accumulation_and_shares_average_to_the_whole(clips, config, plan, model):
+@pytest.mark.parametrize("extra", [(), ("hinge", "dpo", "invariance", "base_divergence", "latent_readout", "attention_balance")])
+def test_accumulation_and_shares_average_to_the_whole(clips, config, plan, model, extra):
     """Gradients of two halves average to those of the whole batch."""
     model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
+    plan.extras = Choice(dict.fromkeys(extra, 1.0), "")
     groups, parameters = sample_step(clips, config, plan, 0), [p for _, p in model.trainable_parameters()]
 
     def gradients(parts):
         for p in parameters:
             p.grad = None
         for part in range(parts):
-            micro = make_micro(model, share(groups, 0, 1, part, parts), clips.root, plan, {}, 6)
-            (sum(terms_of(model, micro).values()) / parts).backward()
+            micro = make_micro(model, share(groups, 0, 1, part, parts), clips.root, plan, LOSS, {})
+            (sum(terms_of(model, micro, plan).values()) / parts).backward()
         return [p.grad.clone() for p in parameters]
 
     for whole, halves in zip(gradients(1), gradients(2), strict=True):
