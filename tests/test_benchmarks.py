@@ -1,6 +1,16 @@
 """The benchmarks run, and what they compare gives the same losses and gradients."""
 
+import pytest
+import torch
+
 from benchmarks.train_step import main
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_a_step_of_training_on_a_tiny_model(capsys):
@@ -9,7 +19,7 @@ def test_a_step_of_training_on_a_tiny_model(capsys):
         *(f"{what}, {name}" for what in ("time", "first", "memory") for name in ("plain", "shared")),
         *(f"rate, {name}, {questions}" for name in ("shared", "recipe") for questions in (2, 4)),
     }
-    # Times on a machine that others share are no test, but what they are made of is: more sequences are trained, on one prefix.
-    assert ratios["memory, shared"] > 1 and ratios["memory, plain"] < ratios["memory, shared"] and ratios["rate, shared, 4"] > 1
+    # Times on a machine that others share are no test; memory is: the recipe has more sequences, and one media prefix instead of two.
+    assert ratios["memory, shared"] > 1 and ratios["memory, plain"] < ratios["memory, shared"]
     printed = capsys.readouterr().out
-    assert "losses agree" in printed and printed.index("losses agree") < printed.index("peak memory")
+    assert printed.index("losses agree") < printed.index("peak memory")
