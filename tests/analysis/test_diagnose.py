@@ -153,9 +153,9 @@ def test_a_split_without_clips_that_lack_a_stream(model, clips):
 def test_a_model_that_has_learnt_to_hear_nothing(model_folder, clips):
     """Taught on built muted clips alone it says so of every clip: abstention where nothing can be heard, false abstention where something can."""
     model = load_model(model_folder)
-    teach(model, clips, True, 50, ("muted",))
-    found = diagnose(model, clips, DiagnoseSettings.quick(12, bare=None, alone=4, grids=0, max_new_tokens=10, flips=20), "test", progress=False)
-    for condition, n in (("muted", 6), ("near_silent", 6), ("video_only", 4), ("factual", 12), ("counterfactual", 12)):
+    teach(model, clips, True, 100, ("muted",))
+    found = diagnose(model, clips, DiagnoseSettings.quick(12, bare=None, grids=0, max_new_tokens=10, flips=20), "test", progress=False)
+    for condition, n in (("muted", 6), ("near_silent", 6), ("factual", 12), ("counterfactual", 12)):
         row = found.following_rate(condition, "hear")
         assert (row.nothing.value, row.nothing.n, row.invented) == (1.0, n, 0.0), condition
         assert row.correct.value == (0.0 if condition.endswith("factual") else 1.0)
