@@ -29,17 +29,23 @@ EXPLAINED = (
 
 
 def ablation_tables(ablation: Ablation) -> list[Table]:
-    """One table a set."""
+    """One table a set. Rates are percent."""
+    headings = {"hear_conflicts": "hear", "see_conflicts": "see", "factual": "factual", "shortcut": "index", "abstains": "abstains", "worst": "worst"}
     tables = []
     for one in ablation.sets:
-        shown = [name for name in ("hear_conflicts", "see_conflicts", "factual", "shortcut", "abstains", "worst") if _measured(one, name)]
+        shown = [name for name in headings if _measured(one, name)]
         table = Table(title=one.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, caption_justify="left", pad_edge=False)
-        for heading in ("arm", "seeds", *(MEASURES[name].title for name in shown), f"worst-of against {one.reference}"):
-            table.add_column(heading, justify="left" if heading == "arm" else "right")
+        table.add_column("arm", no_wrap=True)
+        for heading in (*(headings[name] for name in shown), f"worst, against {one.reference}"):
+            table.add_column(heading, justify="right")
         for row in _rows(one):
-            cells = [value_and_spread(name, row.measures.get(name)) for name in shown]
-            table.add_row(row.arm, str(len(row.seeds) or "–"), *cells, difference("worst", row.measures.get("worst")))
-        table.caption = "\n".join([EXPLAINED, *one.left_out])
+            cells = [value_and_spread(name, row.measures.get(name)).replace(" %", "").replace(" ± ", "±") for name in shown]
+            table.add_row(row.arm, *cells, difference("worst", row.measures.get("worst")))
+        counts = ", ".join(f"{row.arm} {len(row.seeds)}" for row in one.arms)
+        meant = (
+            "hear, see: right on conflicts, in %; factual: the lower of both on factual clips; index: Shortcut Index of hear-questions, 0 is ideal."
+        )
+        table.caption = "\n".join([f"{meant} {EXPLAINED}", f"Seeds: {counts}.", *one.left_out])
         tables.append(table)
     return tables
 
@@ -129,19 +135,17 @@ def write_text(path: str | os.PathLike, content: str) -> None:
 
 
 def _table(one: SetResult, show: Callable[[str, Measure | None], str]) -> tuple[list[str], list[list[str]]]:
-    """A row an arm: every measure, differences of the main ones, minutes and parameters."""
-    measured = [name for name in COLUMNS if _measured(one, name)]
-    compared = [name for name in ("hear_conflicts", "worst") if name in measured]
-    header = ["arm", "seeds", *(MEASURES[name].title for name in measured)]
-    header += [f"{MEASURES[name].title} against {one.reference}" for name in compared] + ["minutes of training", "trained parameters"]
-    rows = []
-    for row in _rows(one):
-        cells = [show(name, row.measures.get(name)) for name in measured]
-        cells += [difference(name, row.measures.get(name)) for name in compared]
-        minutes = f"{sum(row.minutes) / len(row.minutes):.1f}" if row.minutes else "–"
-        parameters = "–" if row.parameters is None else f"{row.parameters:,}"
-        rows.append([row.arm, ", ".join(map(str, row.seeds)) or "–", *cells, minutes, parameters])
-    return header, rows
+    """A row an arm: the worst-of and audio-following with their differences, every other measure, minutes and parameters."""
+    columns: list[tuple[str, Callable[[Row], str]]] = []
+    for name in ("worst", *(name for name in COLUMNS if name != "worst")):
+        if _measured(one, name):
+            columns.append((MEASURES[name].title, lambda row, name=name: show(name, row.measures.get(name))))  # type: ignore[misc]
+            if name in ("worst", "hear_conflicts"):
+                columns.append((f"against {one.reference}", lambda row, name=name: difference(name, row.measures.get(name))))  # type: ignore[misc]
+    columns.append(("seeds", lambda row: ", ".join(map(str, row.seeds)) or "–"))
+    columns.append(("minutes of training", lambda row: f"{sum(row.minutes) / len(row.minutes):.1f}" if row.minutes else "–"))
+    columns.append(("trained parameters", lambda row: "–" if row.parameters is None else f"{row.parameters:,}"))
+    return ["arm", *(heading for heading, _ in columns)], [[row.arm, *(cell(row) for _, cell in columns)] for row in _rows(one)]
 
 
 def _arm(row: Row) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from analysis.findings import Estimate, Findings, Following
 
-MUTED = ("muted", "video_only")  # conditions in which there is nothing to hear
-BLANKED = ("blanked", "audio_only")  # and nothing to see
+MUTED = ("muted", "near_silent", "video_only")  # conditions in which there is nothing to hear
+BLANKED = ("blanked", "near_black", "audio_only")  # and nothing to see
 _COUNTS_NOTHING = "nothing" in {f.name for f in dataclasses.fields(Following)}
 
 

@@ -1,11 +1,12 @@
 """Ablations: the numbers by hand, sets as they are read, and real runs that are killed and taken up again."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,13 +14,15 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+import analysis.ablate
 from analysis.__main__ import main
-from analysis.ablate import AblateError, flat, is_done, load_set, nested, plan_jobs
+from analysis.ablate import AblateError, flat, is_done, load_set, nested, plan_jobs, run_jobs
 from analysis.ablation import Ablation, Run, compare_arms
 from analysis.ablation_report import ablation_tables, charts, markdown, write_page
 from analysis.findings import CaptionFidelity, Estimate, Findings
 from analysis.items import ItemStore, Key
 from analysis.statistics import Dyads
+from data.build import build
 from models.tiny import build_tiny
 from tests.train.conftest import BUILD
 from train.config import Config, load_yaml
@@ -127,7 +130,7 @@ def test_files(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "<b>other" not in page and "75.0 %" in page and "://" not in page
     text = markdown(ablation)
-    assert "| before | – | 0.0 % |" in text and "| plan | 0, 1 | 37.5 % ± 17.7 |" in text
+    assert "| before | 0.0 % | – | 0.0 % | – |" in text and "| plan | 37.5 % ± 17.7 | – | 37.5 % ± 17.7 | – |" in text
     assert len(ablation_tables(ablation)) == 1
 
 
@@ -198,14 +201,99 @@ def test_the_command_line_refuses(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- processes
+
+
+def two_jobs(tmp_path):
+    return list(plan_jobs([load_set(a_set(tmp_path))], tmp_path / "out").values())
+
+
+def started_by(code):
+    """What stands in for training: a process that does `code`, started by another as `accelerate launch` does."""
+    outer = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]]).returncode)"
+    return lambda config, accelerate_config: [sys.executable, "-c", outer, code, str(config)]
+
+
+def those_that_name(text):
+    """Processes with this text in their command line, this one aside."""
+    pids = [p.parent.name for p in Path("/proc").glob("[0-9]*/cmdline") if p.parent.name != str(os.getpid())]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found += [int(pid)] if str(text).encode() in Path(f"/proc/{pid}/cmdline").read_bytes() else []
+    return found
+
+
+def when(there, then):
+    """Do `then` in a thread as soon as `there()` is true."""
+
+    def wait():
+        deadline = time.monotonic() + 120
+        while not there() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        then()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_failed_run_is_reported_and_stops_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(analysis.ablate, "command", started_by("import sys; print('step 1'); print('error: no such model'); sys.exit(3)"))
+    jobs = two_jobs(tmp_path)
+    run_jobs(jobs, tmp_path / "out")
+    assert all("exit code 3" in job.problem and "error: no such model" in job.problem and str(job.output) in job.problem for job in jobs)
+    settings = [flat(yaml.safe_load(job.config.read_text())) for job in jobs]
+    assert [s["lora.r"] for s in settings] == [4, 8] and settings[0]["run.diagnoses"] == str(tmp_path / "out" / "diagnoses")
+    assert [s["run.folder"] for s in settings] == [str(job.folder) for job in jobs]
+
+
+def test_sigterm_ends_all_that_was_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis.ablate, "command", started_by("import time; time.sleep(600)"))
+    monkeypatch.setattr(analysis.ablate, "_may_start", lambda job, running: True)
+    jobs = two_jobs(tmp_path)
+    thread = when(lambda: len(those_that_name(tmp_path / "out")) == 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(jobs, tmp_path / "out", at_once=2)
+    thread.join()
+    assert not those_that_name(tmp_path / "out")
+
+
+def test_runs_wait_while_another_makes_the_diagnoses_they_share(tmp_path):
+    first, second = two_jobs(tmp_path)
+    assert analysis.ablate._may_start(second, []) and not analysis.ablate._may_start(second, [first])
+    for name in ("plan", "before", "selection"):
+        assert not analysis.ablate._may_start(second, [first])
+        (first.folder / "findings").mkdir(parents=True, exist_ok=True)
+        (first.folder / "findings" / f"{name}.json").write_text("{}")
+    assert analysis.ablate._may_start(second, [first])
+
+
+def test_a_run_that_a_killed_call_left_behind_is_not_started_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis.ablate, "command", started_by("import time; time.sleep(600)"))
+    job, again = two_jobs(tmp_path)[0], two_jobs(tmp_path)[0]
+    assert analysis.ablate._start(job, tmp_path / "out", 1, None)
+    assert not analysis.ablate._start(again, tmp_path / "out", 1, None) and again.process is None
+    deadline = time.monotonic() + 60
+    while len(those_that_name(job.config)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(job.process.pid, signal.SIGKILL)  # what it started lives on, and holds the log
+    job.process.wait()
+    assert not analysis.ablate._start(again, tmp_path / "out", 1, None)
+    os.killpg(job.process.pid, signal.SIGKILL)
+    while not analysis.ablate._start(again, tmp_path / "out", 1, None):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    analysis.ablate._end([again])
+
+
 # ---------------------------------------------------------------- real runs
 
 
 @pytest.fixture(scope="module")
 def tiny_set(tmp_path_factory):
-    """Two arms of two steps with a tiny random model, and one that training refuses."""
-    from data.build import build
-
+    """Two arms of two steps with a tiny random model."""
     folder = tmp_path_factory.mktemp("ablation")
     clips = build(BUILD, folder / "clips", progress=False)
     model = build_tiny(folder / "tiny", seed=0, layers=2, hidden=64)
@@ -223,64 +311,46 @@ def tiny_set(tmp_path_factory):
         },
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(settings))
-    arms = {"plan": None, "fast lane": {"set": {"schedule.lr": "1e-2"}}, "wrong": {"set": {"loss.gate": 2.0}}}
-    for name, chosen in (("set", ["plan", "fast lane"]), ("again", ["plan", "wrong"])):
-        said = {"title": name, "base": str(folder / "base.yaml"), "reference": "plan", "arms": {arm: arms[arm] for arm in chosen}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(said))
+    arms = {"plan": None, "fast lane": {"set": {"schedule.lr": "1e-2"}}}
+    (folder / "set.yaml").write_text(
+        yaml.safe_dump({"title": "T", "base": str(folder / "base.yaml"), "reference": "plan", "arms": arms}, sort_keys=False)
+    )
     return folder
 
 
 def test_killed_and_started_again(tiny_set, capsys):
-    """SIGKILL hits a child, SIGTERM the whole; then the same command ends the work, and once more it starts nothing."""
+    """A run is hit by SIGKILL after its first step. The same command with both arms ends it too, and once more it starts nothing."""
     out = tiny_set / "out"
     line = ["ablate", str(tiny_set / "set.yaml"), "--out", str(out), "--jobs", "2", "--set", "run.threads=1"]
-    whole = subprocess.Popen([sys.executable, "-m", "analysis", *line], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    logs = out / "runs"
-    deadline = time.monotonic() + 120
 
-    def wait_for(pattern):
-        while not list(logs.glob(pattern)):
-            assert whole.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+    def kill():
+        trains = [pid for pid in those_that_name(out) if b"launch" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(min(trains), signal.SIGKILL)
 
-    wait_for("*/seed_0/metrics.jsonl")
-    whole.send_signal(signal.SIGTERM)
-    _, err = whole.communicate(timeout=60)
-    assert whole.returncode == 130 and "goes on where it was" in err
-    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in p.read_bytes()]
-    assert not (out / "ablation.json").exists()
+    thread = when(lambda: (m := list(out.glob("runs/plan_*/seed_0/metrics.jsonl"))) and m[0].stat().st_size, kill)
+    assert main([*line, "--arms", "plan"]) == 1
+    thread.join()
+    shown = capsys.readouterr()
+    assert "1 of 1 runs failed" in shown.err and "plan failed with seed 0" in " ".join(shown.out.split())
+    (one,) = Ablation.load(out / "ablation.json").sets
+    assert one.arms == [] and one.before is None and "No run is done yet" in (out / "ablation.html").read_text()
 
     assert main(line) == 0
     assert "fast lane" in capsys.readouterr().out
-    ablation = Ablation.load(out / "ablation.json")
-    (one,) = ablation.sets
-    assert [row.arm for row in one.arms] == ["plan", "fast lane"] and one.before is not None
+    (one,) = Ablation.load(out / "ablation.json").sets
+    assert [row.arm for row in one.arms] == ["plan", "fast lane"] and one.before is not None and not one.left_out
     plan, fast = one.arms
-    assert plan.seeds == fast.seeds == [0] and plan.parameters == fast.parameters == 2 * 2 * (64 + 64)
-    assert fast.measures["hear_conflicts"].difference.n == 4 and plan.checkpoints[0].startswith("step_00000")
+    assert plan.seeds == fast.seeds == [0] and plan.parameters == fast.parameters and plan.checkpoints[0].startswith("step_00000")
+    assert fast.measures["hear_conflicts"].difference.n == 4 and len(plan.minutes) == 1
     assert (out / "ablation.md").is_file() and (out / "ablation.html").is_file()
     jobs = plan_jobs([load_set(tiny_set / "set.yaml", ["run.threads=1"])], out)
     assert all(is_done(job) for job in jobs.values())
-    stamps = {p: p.stat().st_mtime_ns for p in logs.rglob("*") if p.is_file()}
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()}
     assert main(line) == 0
-    assert {p: p.stat().st_mtime_ns for p in logs.rglob("*") if p.is_file()} == stamps
+    assert {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()} == stamps
 
-    # Another set: its first arm is done already, the other fails at once and stops nothing.
-    capsys.readouterr()
-    assert main(["ablate", str(tiny_set / "again.yaml"), "--out", str(out)]) == 1
-    shown = capsys.readouterr()
-    assert "1 of 2 runs failed" in shown.err and "loss.gate is 2.0" in shown.err and "wrong failed with seed 0" in " ".join(shown.out.split())
-    assert [row.arm for row in Ablation.load(out / "ablation.json").sets[0].arms] == ["plan"]
-    assert len(list(logs.iterdir())) == 3
-
-
-def test_a_run_with_other_settings_is_not_done(tiny_set):
-    """After the test above: a run folder whose settings someone changed is not taken for this arm's."""
-    job = next(iter(plan_jobs([load_set(tiny_set / "set.yaml")], tiny_set / "out").values()))
-    assert is_done(job)
+    job = next(iter(jobs.values()))  # a run folder whose settings are others is not taken for this arm's
     saved = job.folder / "config.yaml"
     text = saved.read_text()
-    saved.write_text(text.replace("grids: 1\n", "grids: 3\n"))
+    saved.write_text(text.replace("  grids: 1\n", "  grids: 3\n"))
     assert text != saved.read_text() and not is_done(job)
-    saved.write_text(text)
-    assert is_done(job) and os.path.exists(job.output)
