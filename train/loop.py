@@ -380,3 +380,4 @@ def prepare_deepspeed(accelerator: Accelerator, config: Config) -> None:
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.schedule.grids // config.schedule.accumulate // accelerator.num_processes
     settings["gradient_clipping"] = config.schedule.clip
+    settings["bf16"] = {"enabled": config.model.dtype == "bfloat16"}  # accelerate knows only of its own mixed precision, which stays off

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from train.loop import main
@@ -30,7 +29,7 @@ def printed():
 
 @pytest.fixture
 def started(arguments, tmp_path, printed):
-    """started("name", flags, launcher): a finished run's folder; launcher None: in this process. Runs share the diagnoses of the untrained model."""
+    """started("name", flags, launcher): the folder of a finished run; launcher None: in this process. The first diagnoses are shared."""
 
     def start(name, flags, launcher=None, **environment):
         command = [*arguments, "--run.folder", str(tmp_path / name), "--run.diagnoses", str(tmp_path / "common"), *flags]
@@ -95,23 +94,17 @@ def test_bfloat16_trains(started):
     assert len(metrics(folder)) == 2
 
 
-def deepspeed(tmp_path, stage):
+def deepspeed(stage):
     """`accelerate launch` with one DeepSpeed process."""
-    path = tmp_path / f"zero{stage}.yaml"
-    settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": 1, "num_machines": 1, "machine_rank": 0,
-        "mixed_precision": "no", "use_cpu": False,
-        "deepspeed_config": {"deepspeed_config_file": str(ROOT / "configs" / "deepspeed" / f"zero{stage}.json"), "zero3_init_flag": False},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(settings))
-    return ["accelerate.commands.launch", "--config_file", str(path)]
+    file = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
+    return ["accelerate.commands.launch", "--num_processes", "1", "--use_deepspeed", "--deepspeed_config_file", str(file)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_as_plain_and_keeps_no_frozen_weight(started, tmp_path, stage):
+def test_deepspeed_trains_as_plain_and_keeps_no_frozen_weight(started, stage):
     plain = started("plain", [*THREE_STEPS, "--lora.ema", "0.5"])
-    folder = started("zero", [*THREE_STEPS, "--lora.ema", "0.5"], deepspeed(tmp_path, stage), DS_ACCELERATOR="cpu")
+    folder = started("zero", [*THREE_STEPS, "--lora.ema", "0.5"], deepspeed(stage), DS_ACCELERATOR="cpu")
     assert_same(adapter(folder, 3), adapter(plain, 3))
     assert_same_metrics(folder, plain)
     raw = load_file(folder / "checkpoints" / "step_000003" / "state" / "ema.safetensors")
