@@ -41,12 +41,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.knockout import attention, peak_memory, random_model, wait
 from data.clips import Clip
 from data.media import mux, read_audio, read_video, stream_hashes, write_mp4
-from data.questions import QUESTIONS, answer
+from data.questions import MODALITIES, QUESTIONS, answer
 from models import self_check
 from models.attention import IMPLEMENTATION
 from models.avllm import AUDIO_RATE
 from models.qwen2_5_omni import Qwen25Omni
-from train.batches import MODALITIES, Answers, Ask, loss_terms, make_micro
+from train.batches import Answers, Ask, Group, loss_terms, make_micro
+from train.config import LossPart
 from train.objective import total
 from train.plan import Choice, Plan
 
@@ -123,9 +124,12 @@ def asks_about(clips: Sequence[Clip], questions: int) -> list[Ask]:
 def default_plan(layers: int) -> Plan:
     """The default recipe with cuts as they are usually planned: all of the answer's rows, from a third of the depth on."""
     values = {
-        "fusion_window": [layers // 3, layers], "teacher_cut": f"video->question+emitters {layers // 3}:{layers}",
-        "mirror_cut": f"audio->question+emitters {layers // 3}:{layers}", "lora_layers": list(range(layers)), "lora_projections": [],
-        "counterfactual_ce": 1.0, "distillation": 1.0, "mirror": 1.0, "states": 10.0, "retention": 0.2, "class_weights": {}, "steps": 1,
+        "fusion_window": [layers // 3, layers], "causal_layers": list(range(layers // 3, layers)),
+        "teacher_cut": f"video->question+emitters {layers // 3}:{layers}",
+        "mirror_cut": f"audio->question+emitters {layers // 3}:{layers}", "lora_layers": list(range(layers)),
+        "lora_ranks": [16] * layers, "lora_projections": [],
+        "counterfactual_ce": 1.0, "distillation": 1.0, "mirror": 1.0, "states": 10.0, "retention": 0.2,
+        "abstention": 0.0, "extras": {}, "class_weights": {}, "conditions": {}, "steps": 1, "stop": -1,
     }  # fmt: skip
     choices: dict[str, Any] = {name: Choice(value, "") for name, value in values.items()}
     return Plan(**choices)
@@ -147,14 +151,13 @@ def known_answers(asks: Sequence[Ask], plan: Plan) -> Answers:
 
 def recipe_inputs(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> Any:
     """The student's sequences, and what the teacher says."""
-    return make_micro(model, asks, root, plan, answers, ANSWER)
+    return make_micro(model, [Group(tuple(asks))], root, plan, LossPart(max_answer_tokens=ANSWER), answers)
 
 
 def recipe_terms(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> dict[str, Tensor]:
     """Every term of the recipe. All that this file knows of train/batches.py is here and in `recipe_inputs`."""
     micro = recipe_inputs(model, asks, root, plan, answers)
-    out = model.decoder(**micro.batch.inputs, states=micro.batch.inputs["rows"])
-    return loss_terms(out.logits.float(), micro, out.states)
+    return loss_terms(model, model.decoder(**micro.inputs), micro, plan)
 
 
 def recipe_loss(model: Qwen25Omni, asks: Sequence[Ask], root: Path, plan: Plan, answers: Answers) -> Tensor:

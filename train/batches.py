@@ -231,9 +231,12 @@ class _Taught:
 
 
 def _to_teach(asks: Sequence[Ask], plan: Plan, loss: LossPart) -> list[_Taught]:
-    """Which questions the teacher answers, and for which term. Those with a stream missing are not among them."""
+    """Which questions the frozen model answers, and for which term."""
     weights, taught = plan.weights(), list[_Taught]()
     for ask in asks:
+        if ask.bare and ask.modality != "both" and not ask.about_nothing and "retention" in weights:
+            # What shows or sounds nothing is taken out altogether: a black picture confuses the frozen model.
+            taught.append(_Taught("retention", ask, replace(ask, video=ask.modality == "see", audio=ask.modality == "hear"), UNCUT))
         if ask.bare or not (ask.video and ask.audio) or ask.modality == "both":
             continue
         hear = ask.modality == "hear"
@@ -256,8 +259,8 @@ def make_micro(
     """Sequences, and what the frozen model makes of them, for these groups. `answers` is what it was heard to say so far; new answers are added.
 
     counterfactual_ce: every question whose stream is there. abstention: questions about a stream that was taken away. distillation, mirror: hear- and
-    see-questions, towards the teacher. states: what the layers put out, for both. retention: see-questions about factual clips, uncut. Others:
-    train/objective.py.
+    see-questions, towards the teacher. states: what the layers put out, for both. retention: see-questions about factual clips, uncut; what is
+    left of a clip from which a stream was taken away. Others: train/objective.py.
 
     The teacher is the model with its adapter off (`average`: a context in which the adapter is its moving average), in evaluation mode, without
     gradients, under the plan's cut, or where loss.teacher says so without the other stream. On factual clips both streams say the same, so where a

@@ -64,12 +64,19 @@ class DataPart:
     `shuffled`: as many cells, each drawn on its own. `factual`: unswapped clips only."""
     dose: float = 1.0
     """Share of the training grids (or of the factual clips) that is used; a smaller dose is part of a larger one."""
+    both: int | None = None
+    """Of the four clips of a group, how many are also asked about both streams at once. None: the plan decides."""
+    bare: int | None = None
+    """Clips beside each four from which one stream is taken away. None: the plan decides."""
     text: str | None = None
     """File of plain text, a passage a line, for loss.text_retention."""
 
     def __post_init__(self) -> None:
         if not 0 < self.dose <= 1:
             raise ConfigError(f"data.dose is {self.dose}: it is a share of the training clips and has to lie in (0, 1].")
+        for name, most in (("both", 4), ("bare", 16)):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= most:
+                raise ConfigError(f"data.{name} is {value}: a number of clips from 0 to {most}, or left out and the plan decides.")
 
 
 @dataclass

@@ -379,11 +379,14 @@ def _conditions(config: Config, ce: Choice) -> Choice:
     labelled = (ce.value if config.loss.counterfactual_ce is None else config.loss.counterfactual_ce) > 0
     both = 4 if labelled else 0
     bare = 0 if config.loss.abstention == 0 else 1
-    return Choice(
+    data = config.data
+    found = Choice(
         {"both": both, "bare": bare},
         ("Answers about both streams at once have to be trained, or streams get swapped in them. " if both else "No labels, so no both-questions. ")
         + ("One clip beside each four is muted, blanked or lacks a stream." if bare else "No abstention."),
     )
+    given = {"both": both if data.both is None else data.both, "bare": bare if data.bare is None else data.bare}
+    return found if given == found.value else _overridable(found, given)
 
 
 def _lora_projections(findings: Findings, teacher: Choice, override: tuple[str, ...] | None) -> Choice:

@@ -18,10 +18,12 @@ def test_choices_by_hand():
     assert plan.mirror_cut.value == "audio->emitters 2:8"
     assert plan.fusion_window.value == [1, 5]  # windows 1:4 and 2:5
     assert "2 of 6 windows" in plan.fusion_window.because and "2:5 (+0.90" in plan.fusion_window.because
-    assert plan.lora_layers.value == [1, 2, 3, 4, 5, 6, 7]  # from the fusion window's first layer to the cuts' last
+    assert plan.causal_layers.value == [1, 2, 3, 4]  # no curve of question+emitters was measured: the fusion window
+    assert (plan.lora_layers.value, plan.lora_ranks.value) == ([1, 2, 3, 4], [8, 8, 8, 8])
     assert plan.lora_projections.value == ["q_proj", "k_proj", "v_proj", "o_proj"]
     # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 2 * 0.3 / 1.1 = 0.55; 1400 * 1.1 = 1540 grids, 4 a step -> 390 steps
-    assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 0.55, "states": 10.0, "retention": 0.2}
+    assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 0.55, "states": 10.0, "retention": 0.2, "abstention": 1.0}
+    assert (plan.conditions.value, plan.stop.value) == ({"both": 4, "bare": 1}, 2)
     assert plan.steps.value == 390
     assert not any(getattr(plan, f.name).overridden for f in dataclasses.fields(plan) if f.name != "lora_targets")
 
@@ -43,10 +45,65 @@ def test_every_choice_can_be_overridden():
         schedule=SchedulePart(steps=5),
     )
     plan = make_plan(biased(), config)
-    assert plan.weights() == {"distillation": 0.3, "states": 10.0, "retention": 2.0}
+    assert plan.weights() == {"distillation": 0.3, "states": 10.0, "retention": 2.0, "abstention": 1.0}
+    assert plan.conditions.value == {"both": 0, "bare": 1}  # no labels, no both-questions
     assert (plan.teacher_cut.value, plan.mirror_cut.value, plan.steps.value) == ("video->question 1:2", "audio->video 0:1", 5)
     assert (plan.lora_layers.value, plan.lora_projections.value) == ([0, 2], ["v_proj"])
     assert plan.teacher_cut.overridden and "From the findings: video->emitters 3:8" in plan.teacher_cut.because
+
+
+def curve(effects):
+    """Cutting video -> question+emitters from layer k on, for every k."""
+    return [cut("video->question+emitters", k, 8, "counterfactual", "hear", None, effect) for k, effect in enumerate(effects)]
+
+
+def test_adapters_go_to_the_layers_that_carry_the_picture():
+    """From layer k on: 3.3 3.3 3.2 3.0 2.5 1.5 0.5 0.1, so layers carry 0, 0.1, 0.2, 0.5, 1.0, 1.0, 0.4, 0.1; 80 % of 3.3 is 2.64: 4, 5, 3, then 6."""
+    findings = biased()
+    findings.knockout += curve([3.3, 3.3, 3.2, 3.0, 2.5, 1.5, 0.5, 0.1])
+    plan = make_plan(findings, Config())
+    assert plan.causal_layers.value == plan.lora_layers.value == [3, 4, 5, 6]
+    assert "these 4 of 8 layers carry 87.9 % of it" in plan.causal_layers.because
+
+
+@pytest.mark.parametrize(
+    ("choose", "layers", "ranks"), [("all", list(range(8)), [4] * 8), ("complement", [0, 1, 2, 7], [8] * 4), ("random", None, [8] * 4)]
+)
+def test_control_layers_have_as_many_parameters(choose, layers, ranks):
+    findings = biased()
+    findings.knockout += curve([3.3, 3.3, 3.2, 3.0, 2.5, 1.5, 0.5, 0.1])
+    plan = make_plan(findings, Config(lora=LoRAPart(choose=choose)))
+    assert plan.lora_ranks.value == ranks and plan.lora_layers.overridden and len(plan.lora_layers.value) == len(ranks)
+    assert plan.lora_layers.value == layers or choose == "random"
+    assert plan.causal_layers.value == [3, 4, 5, 6]  # what the terms look at stays
+
+
+def test_controls_that_cannot_be_made_are_refused():
+    findings = biased()
+    findings.knockout += curve([3.2, 2.8, 2.4, 2.0, 1.6, 1.2, 0.8, 0.4])
+    with pytest.raises(PlanError, match="cannot be shared out"):  # 7 layers of rank 1 for 8 layers
+        make_plan(findings, Config(lora=LoRAPart(choose="all", r=1)))
+
+
+def test_abstention_by_what_was_measured():
+    def said(condition, question, nothing):
+        row = following(condition, question, nothing)
+        return dataclasses.replace(row, correct=row.correct)
+
+    findings = biased()
+    findings.following += [said("muted", "hear", 0.0), said("blanked", "see", 1.0)]
+    plan = make_plan(findings, Config())
+    assert plan.abstention.value == 1.0 and "0.0 % of muted ones, 100.0 % of blanked ones" in plan.abstention.because
+    findings.following[-2] = said("muted", "hear", 0.99)
+    assert make_plan(findings, Config()).abstention.value == 0.2
+    off = make_plan(findings, Config(loss=LossPart(abstention=0)))
+    assert off.conditions.value == {"both": 4, "bare": 0} and "abstention" not in off.weights()
+
+
+def test_extra_terms_come_from_the_configuration():
+    plan = make_plan(biased(), Config(loss=LossPart(hinge=0.5, dpo=1.0)))
+    assert plan.extras.value == {"hinge": 0.5, "dpo": 1.0} and plan.weights()["dpo"] == 1.0
+    assert not make_plan(biased(), Config()).extras.value
 
 
 def test_factual_training_has_no_cross_entropy_and_draws_all_classes_alike():
@@ -138,7 +195,7 @@ def test_layers_and_cuts_beyond_the_model_are_refused():
 
 def test_saved_loaded_and_shown(tmp_path):
     plan = make_plan(biased(), Config())
-    plan.lora_targets = ["a.q_proj"]
+    plan.lora_targets = {"a.q_proj": 8}
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     console = Console(record=True, width=100)
