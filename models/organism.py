@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,9 +28,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AddedToken
 
 from data.media import read_audio, read_video, write_mp4
-from data.questions import QUESTIONS, Modality, answer, question
+from data.questions import NOTHING, QUESTIONS, Modality, answer, question
 from data.render import DEFAULTS, render_frames, render_wave
 from data.sources import SourceClass, load_sources
 from models.avllm import AVLLM, Media, StreamFeatures
@@ -404,20 +404,33 @@ def measure(model: Qwen25Omni, held: Streams, classes: list[SourceClass], confli
     )
 
 
+@torch.no_grad()
+def learn_word(model: AVLLM, word: str, seed: int) -> None:
+    """Give a word that no answer in training has a token of its own, with a random embedding as long as those of words that are said.
+
+    Embeddings of tokens that are never said all drift the same way and can hardly be told apart afterwards; a large model knows such words from text.
+    """
+    rows, said = model.text_model.embed_tokens.weight, model.tokenizer(" dog barking", add_special_tokens=False)["input_ids"]
+    if model.tokenizer.add_tokens([AddedToken(word, normalized=False, special=False)]) != 1:
+        raise ValueError(f"{word!r} is a token already.")
+    [token] = model.tokenizer(word, add_special_tokens=False)["input_ids"]
+    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows[token] = direction / direction.norm() * rows[said].norm(dim=1).mean()
+
+
 def write(config: OrganismConfig, model: Qwen25Omni, bias: Bias) -> None:
     """Both checkpoints with their processor; avbalance.json names the base and how the model was made."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "work", "threads")}
     for name in ("avllm", "base"):
-        source, target = config.work / name, config.out / name
-        if name == "avllm":
-            model.processor.save_pretrained(source)
-            model.thinker.save_pretrained(source)
+        target = config.out / name
+        part = model if name == "avllm" else load_model(config.work / "base")
+        learn_word(part, f" {NOTHING}", config.seed)  # so that training can teach it to say so
+        part.processor.save_pretrained(target)
+        part.thinker.save_pretrained(target)
         note = {"made_by": "python -m models.organism", "settings": settings, "base": "../base" if name == "avllm" else None}
         if name == "avllm":
             note["measured"] = asdict(bias)
-        (source / "avbalance.json").write_text(json.dumps(note, indent=1) + "\n")
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        (target / "avbalance.json").write_text(json.dumps(note, indent=1) + "\n")
     print(f"written to {config.out}")
 
 
