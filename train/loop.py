@@ -61,6 +61,7 @@ from train.diagnoses import identity, shared
 from train.ema import Ema
 from train.files import read_jsonl, write_json, write_text
 from train.objective import total
+from train.partitioned import load_whole
 from train.plan import Plan, PlanError, make_plan, show
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ def run(config: Config) -> Path:
             f"{started()} processes were started, but accelerate counts {accelerator.num_processes}, so each would train on its own. "
             f"On CPU start them with `torchrun --nproc_per_node {started()} train …`, without DeepSpeed."
         )
+    load_whole(accelerator)
     main_process, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
     with accelerator.main_process_first():

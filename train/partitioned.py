@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+from accelerate import Accelerator
 from torch import nn
+
+
+def load_whole(accelerator: Accelerator) -> None:
+    """Have transformers load models whole under ZeRO-3 too: the first diagnosis and the towers read weights before there is an engine to gather them."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.zero3_init_flag, plugin.dschf = False, None
+        plugin.set_deepspeed_weakref()
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:

@@ -29,17 +29,16 @@ def printed():
 
 @pytest.fixture
 def started(arguments, tmp_path, printed):
-    """started("name", flags, launcher): the folder of a finished run; launcher None: in this process. The first diagnoses are shared."""
+    """started("name", flags, launcher): the folder of a finished run; launcher None: in this process."""
 
     def start(name, flags, launcher=None, **environment):
         command = [*arguments, "--run.folder", str(tmp_path / name), "--run.diagnoses", str(tmp_path / "common"), *flags]
         if launcher is None:
             assert main(command) == 0
         else:
-            done = subprocess.run(
-                [sys.executable, "-m", *launcher, str(ROOT / "train"), *command],
-                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True, timeout=900,
-            )  # fmt: skip
+            launch = [sys.executable, "-m", *launcher, str(ROOT / "train"), *command]
+            around = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+            done = subprocess.run(launch, cwd=ROOT, env=around, capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, done.stderr[-3000:]
             printed.append(" ".join(done.stdout.split()))
         return tmp_path / name
