@@ -12,7 +12,6 @@ is the best one, it is best on these same clips, so the number flatters a little
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ from analysis.findings import Estimate, Findings, Following
 
 MUTED = ("muted", "near_silent", "video_only")  # conditions in which there is nothing to hear
 BLANKED = ("blanked", "near_black", "audio_only")  # and nothing to see
-_COUNTS_NOTHING = "nothing" in {f.name for f in dataclasses.fields(Following)}
 
 
 class Panel(NamedTuple):
@@ -41,7 +39,7 @@ def headline(findings: Findings) -> dict[str, Estimate]:
         asked_what_is_there = (row.condition, row.question) not in [*((c, "hear") for c in MUTED), *((c, "see") for c in BLANKED)]
         for measure in ("audio", "vision") if conflict else ("correct",) if asked_what_is_there else ():
             found[f"following/{at}/{measure}"] = getattr(row, measure)
-        found[f"abstention/{at}"] = nothing(row)
+        found[f"abstention/{at}"] = row.nothing
     for r in findings.reliance:
         for measure in ("shortcut", "effect_audio", "effect_video"):
             found[f"reliance/{r.question}/{measure}"] = getattr(r, measure)
@@ -72,15 +70,10 @@ def headline(findings: Findings) -> dict[str, Estimate]:
     return {name: e for name, e in found.items() if e is not None and e.value is not None}
 
 
-def nothing(row: Following) -> Estimate | None:
-    """The share of answers that say there is nothing to hear or see; None where findings do not count them."""
-    return getattr(row, "nothing") if _COUNTS_NOTHING else None  # noqa: B009
-
-
 def abstention(findings: Findings, question: str = "hear") -> Following | None:
     """The row that shows whether a model abstains: asked what it hears of muted clips, or what it sees of blanked ones. None without such a row."""
     rows = (findings.following_rate(condition, question) for condition in (MUTED if question == "hear" else BLANKED))
-    return next((row for row in rows if row is not None and nothing(row) is not None), None)
+    return next((row for row in rows if row is not None), None)
 
 
 def panel(name: str) -> Panel:

@@ -40,12 +40,13 @@ from analysis.diagnose import DiagnoseSettings, diagnose
 from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
+from analysis.trajectory import headline
 from data.build import build
 from data.clips import Clips, DataError, load_clips
 from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
 from train.batches import Answers, Group, loss_terms, make_micro, sample_step, share, training_clips
-from train.best import Best, Rates, choose_best, stop_reason
+from train.best import Best, choose_best, stop_reason
 from train.checkpoints import (
     CheckpointError,
     clear_leftovers,
@@ -187,8 +188,8 @@ def run(config: Config) -> Path:
             stays = folder / "findings" / f"{checkpoint.name}.json"  # when the checkpoint is cleared away
             if not stays.exists():
                 findings.save(stays)
-            headline = vars(Rates.of(findings))
-            accelerator.log({f"selection/{name}": value for name, value in headline.items()}, step=step_of(checkpoint))
+            numbers = {f"selection/{name}": estimate.value for name, estimate in headline(findings).items() if estimate.value is not None}
+            accelerator.log(numbers, step=step_of(checkpoint))
             best = chosen_after(checkpoint)
             rotate(folder / "checkpoints", config.run.keep, folder / "checkpoints" / best.checkpoint)
         accelerator.wait_for_everyone()

@@ -65,8 +65,8 @@ def state_distillation(teacher_states: Tensor, student_states: Tensor, mask: Ten
 def retention(reference_logits: Tensor, student_logits: Tensor, mask: Tensor) -> Tensor:
     """Retention: mean over answers of (1/|ŷ|) Σ_t KL( sg p_adapter-off(·| ŷ_<t) ‖ p_θ(·| ŷ_<t) ), in nats, nothing cut.
 
-    On see-questions about factual clips, where the frozen model is right, it is its own best guard: ŷ is its greedy answer, so no label is used. So it
-    is on what is left of a muted or blanked clip; there the frozen model is not given the empty stream at all.
+    On see-questions about factual clips, where the frozen model is right, it is its own best guard: ŷ is its greedy answer, so no label is used.
+    So it is on what is left of a muted or blanked clip; there the frozen model is not given the empty stream at all.
     (On hear-questions the distribution has to change: there it says how far the picture was trusted.) The KL anchor of
     Li & Hoiem 2016 (arXiv 1606.09282, learning without forgetting), towards the whole distribution. Shapes and cost as in `knockout_distillation`.
     On plain text (`text_retention`) ŷ is the text itself; cost: its own sequence, with and without the adapter.

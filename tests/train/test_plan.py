@@ -58,7 +58,7 @@ def curve(effects):
 
 
 def test_adapters_go_to_the_layers_that_carry_the_picture():
-    """From layer k on: 3.3 3.3 3.2 3.0 2.5 1.5 0.5 0.1, so layers carry 0, 0.1, 0.2, 0.5, 1.0, 1.0, 0.4, 0.1; 80 % of 3.3 is 2.64: 4, 5, 3, then 6."""
+    """From layer k on 3.3 3.3 3.2 3.0 2.5 1.5 0.5 0.1: layers carry 0, 0.1, 0.2, 0.5, 1.0, 1.0, 0.4, 0.1; 80 % of 3.3 is 2.64: 4, 5, 3, then 6."""
     findings = biased()
     findings.knockout += curve([3.3, 3.3, 3.2, 3.0, 2.5, 1.5, 0.5, 0.1])
     plan = make_plan(findings, Config())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from analysis.findings import Findings
-from train.best import Rates
+from analysis.trajectory import headline
 from train.loop import main
 
 
@@ -20,9 +20,10 @@ def expected(tmp_path):
             for name in record.keys() - {"step", "seconds"}:
                 values.setdefault(f"train/{name}", {})[record["step"]] = record[name]
         for step in (1, 2):
-            for name, value in vars(Rates.of(Findings.load(folder / "findings" / f"step_{step:06d}.json"))).items():
-                values.setdefault(f"selection/{name}", {})[step] = value
-        assert len(values) > 10 and all(sorted(steps) == [1, 2] for steps in values.values())
+            for name, estimate in headline(Findings.load(folder / "findings" / f"step_{step:06d}.json")).items():
+                if estimate.value is not None:
+                    values.setdefault(f"selection/{name}", {})[step] = estimate.value
+        assert len(values) > 20 and all(sorted(steps) == [1, 2] for steps in values.values())
         return values
 
     return read
