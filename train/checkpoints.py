@@ -33,7 +33,6 @@ from models.load import check_adapter_names
 from train.batches import Answers
 from train.ema import Ema
 from train.files import fsync_folder, write_json
-from train.partitioned import gathered
 
 FORMAT = 1
 NAME = re.compile(r"^step_(\d{6,})$")
@@ -66,7 +65,7 @@ def clear_leftovers(folder: Path) -> None:
 def save_checkpoint(
     folder: Path, step: int, model: AVLLM, optimizer: torch.optim.Optimizer, answers: Answers, accelerator: Accelerator, ema: Ema | None = None
 ) -> Path:
-    """Write `folder/step_<step>` whole or not at all, and return it. Every process has to call this; the main one writes.
+    """Write `folder/step_<step>` whole or not at all, and return it. Under DeepSpeed every process has to call this.
 
     Raises CheckpointError where the disk is full or cannot be written; nothing half-written is left behind.
     """
@@ -77,10 +76,8 @@ def save_checkpoint(
             if partial.exists():
                 shutil.rmtree(partial)
             (partial / "state").mkdir(parents=True)
-        with ema.applied() if ema else nullcontext(), gathered(p for _, p in model.trainable_parameters()):
-            if main:
+            with ema.applied() if ema else nullcontext():
                 model.save_adapter(partial / "adapter")
-        state = ema.state() if ema else {}
         if deepspeed:
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial / "state"), exclude_frozen_parameters=True)
@@ -90,8 +87,8 @@ def save_checkpoint(
                 tensors, groups = _optimizer_state(model, optimizer)
                 save_file(tensors, partial / "state" / "optimizer.safetensors")
                 write_json(partial / "state" / "optimizer.json", groups)
-            if state:
-                save_file(state, partial / "state" / "ema.safetensors")
+            if ema:
+                save_file(ema.state(), partial / "state" / "ema.safetensors")
             write_json(partial / "state" / "answers.json", [[*key, ids] for key, ids in answers.items()])
             files = {str(p.relative_to(partial)): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             fsync_folder(partial)
@@ -115,7 +112,7 @@ def load_checkpoint(
     manifest = check(folder)
     load_adapter(folder, model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.load_state(str(folder / "state"))
+        accelerator.load_state(str(folder / "state"), load_module_strict=False)  # it holds the trained weights only
     else:
         _restore_optimizer(model, optimizer, load_file(folder / "state" / "optimizer.safetensors"), _json(folder / "state" / "optimizer.json"))
     if ema:
@@ -129,8 +126,7 @@ def load_adapter(folder: Path, model: AVLLM) -> None:
     from peft import set_peft_model_state_dict
 
     check_adapter_names(model, folder / "adapter")
-    with gathered((p for _, p in model.trainable_parameters()), change=True):
-        set_peft_model_state_dict(model.thinker, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model.thinker, load_file(folder / "adapter" / "adapter_model.safetensors"))
 
 
 def check(folder: Path) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from train.partitioned import gathered
-
 
 class Ema:
     """The average and what it is of. `average`: name -> float32 tensor."""
@@ -28,22 +26,19 @@ class Ema:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the weights that training has reached, float32."""
-        with gathered(self._all()):
-            return {name: p.detach().float().clone() for name, p in self.parameters}
+        return {name: p.detach().float().clone() for name, p in self.parameters}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        with gathered(self._all()):
-            for name, p in self.parameters:
-                self.average[name].lerp_(p.float(), 1 - decay)
+        for name, p in self.parameters:
+            self.average[name].lerp_(p.float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The average in place of the weights. Take no step inside."""
-        with gathered(self._all()):
-            own = [p.detach().clone() for _, p in self.parameters]
+        own = [p.detach().clone() for _, p in self.parameters]
         self._put([self.average[name] for name, _ in self.parameters])
         try:
             yield
@@ -63,9 +58,5 @@ class Ema:
 
     @torch.no_grad()
     def _put(self, values: Sequence[torch.Tensor]) -> None:
-        with gathered(self._all(), change=True):
-            for (_, p), value in zip(self.parameters, values, strict=True):
-                p.copy_(value)
-
-    def _all(self) -> list[nn.Parameter]:
-        return [p for _, p in self.parameters]
+        for (_, p), value in zip(self.parameters, values, strict=True):
+            p.copy_(value)

@@ -62,7 +62,6 @@ from train.diagnoses import identity, shared
 from train.ema import Ema
 from train.files import read_jsonl, write_json, write_text
 from train.objective import total
-from train.partitioned import load_whole
 from train.plan import Plan, PlanError, make_plan, show
 
 T = TypeVar("T")
@@ -99,7 +98,11 @@ def run(config: Config) -> Path:
             f"{started()} processes were started, but accelerate counts {accelerator.num_processes}, so each would train on its own. "
             f"On CPU start them with `torchrun --nproc_per_node {started()} train …`, without DeepSpeed."
         )
-    load_whole(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise TrainError(
+            "DeepSpeed ZeRO-3 cannot train here: teacher and diagnosis need the whole model in every process (docs/gotchas.md). "
+            "Use configs/deepspeed/zero2.json."
+        )
     main_process, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
     with accelerator.main_process_first():
@@ -234,7 +237,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     parameters = [p for _, p in model.trainable_parameters()]
     adamw = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        prepare_deepspeed(accelerator, config)
+        prepare_deepspeed(accelerator, config, model.decoder)
     decoder, optimizer = accelerator.prepare(model.decoder, adamw)
     ema = Ema(model.trainable_parameters(), config.lora.ema) if config.lora.ema else None
 
@@ -378,9 +381,18 @@ def forget_metrics_after(path: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def prepare_deepspeed(accelerator: Accelerator, config: Config) -> None:
-    """Tell DeepSpeed what it would otherwise read from a data loader."""
+def prepare_deepspeed(accelerator: Accelerator, config: Config, decoder: torch.nn.Module) -> None:
+    """Tell DeepSpeed what it would otherwise read from a data loader, and keep frozen weights out of its checkpoints."""
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.schedule.grids // config.schedule.accumulate // accelerator.num_processes
     settings["gradient_clipping"] = config.schedule.clip
     settings["bf16"] = {"enabled": config.model.dtype == "bfloat16"}  # accelerate knows only of its own mixed precision, which stays off
+    # exclude_frozen_parameters forgets that a tied weight has two names: a head tied to the embeddings would be in every checkpoint
+    decoder.register_state_dict_post_hook(trained_only)
+
+
+def trained_only(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take frozen weights out of a state dict."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -124,6 +125,33 @@ def test_a_run_stops_when_its_best_checkpoint_is_old_and_does_so_again_when_resu
     assert result(tmp_path / "again") == ended
     assert main(again) == 0  # stays stopped
     assert result(tmp_path / "again") == ended
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_loses_nothing(arguments, tmp_path, monkeypatch, capsys):
+    """The kernel refuses to let a file grow as large as the second checkpoint's optimizer state has to be."""
+    short = [*arguments, "--schedule.checkpoint-every", "1", "--schedule.steps", "2", "--run.diagnoses", str(tmp_path / "common")]
+    assert main(short) == 0
+    size = (tmp_path / "run" / "checkpoints" / "step_000002" / "state" / "optimizer.safetensors").stat().st_size
+    real, before = train.loop.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(folder, step, *rest):
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+        return real(folder, step, *rest)
+
+    full = [*short, "--run.folder", str(tmp_path / "full")]
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(train.loop, "save_checkpoint", filling)
+            assert main(full) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert "step_000002 could not be written" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step_000001"]
+    assert main(full) == 0
+    assert result(tmp_path / "full") == result(tmp_path / "run")
 
 
 def test_the_bar_shows_terms_and_what_the_newest_checkpoint_follows():
