@@ -18,7 +18,7 @@ def d(value):
 
 
 def follow(condition, question, audio, vision, correct):
-    return Following(condition, question, e(audio), e(vision), e(0.0), e(1 - audio - vision), e(0.0), e(correct))
+    return Following(condition, question, e(audio), e(vision), e(0.0), e(1 - audio - vision), e(0.0), e(0.0), e(correct))
 
 
 def cut(site, question, audio, vision, logprob):
@@ -55,7 +55,9 @@ def test_every_scalar_under_its_name():
     assert values == {
         "following/counterfactual/hear/audio": 0.3,
         "following/counterfactual/hear/vision": 0.6,
+        "abstention/counterfactual/hear": 0.0,
         "following/factual/see/correct": 0.98,
+        "abstention/factual/see": 0.0,
         "reliance/hear/shortcut": 0.6,
         "reliance/hear/effect_audio": 2.0,
         "reliance/hear/effect_video": 3.0,
