@@ -64,9 +64,9 @@ class PerSplit:
 class DataConfig:
     """What to build."""
 
-    renderings: PerSplit = PerSplit(train=12, plan=4, selection=3, test=8, unseen=2)
+    renderings: PerSplit = PerSplit(train=24, plan=4, selection=3, test=8, unseen=2)
     """Factual clips per class."""
-    rounds: PerSplit = PerSplit(train=2, plan=1, selection=1, test=1, unseen=1)
+    rounds: PerSplit = PerSplit(train=1, plan=1, selection=1, test=1, unseen=1)
     """Rounds of swaps; each gives about as many grids, and twice as many counterfactual clips, as the split has factual clips."""
     bare: PerSplit = PerSplit(train=3, plan=1, selection=1, test=2, unseen=0)
     """Factual clips per class that also get a muted and a blanked version: half of them digital silence (black), half almost inaudible (invisible)

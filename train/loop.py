@@ -65,6 +65,7 @@ from train.objective import total
 from train.plan import Plan, PlanError, make_plan, show
 
 T = TypeVar("T")
+FALL = 0.3  # share of the steps in which a trapezoid falls
 
 
 class TrainError(ValueError):
@@ -308,6 +309,8 @@ def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
     if step < warm:
         risen = (step + 1) / warm
         return schedule.lr * (risen if schedule.shape != "one_cycle" else 0.04 + 0.96 * (1 - math.cos(math.pi * risen)) / 2)
+    if schedule.shape == "trapezoid":
+        return schedule.lr * min(1.0, (steps - step) / max(1.0, FALL * steps))
     fallen = (step - warm) / max(1, steps - warm)
     return schedule.lr if schedule.shape == "constant" else schedule.lr * (1 + math.cos(math.pi * fallen)) / 2
 

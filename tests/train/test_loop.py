@@ -213,6 +213,9 @@ def test_learning_rate_by_hand():
     one = SchedulePart(lr=1.0, warmup=0.2, shape="one_cycle")
     assert learning_rate(0, 10, one) == pytest.approx(0.04 + 0.96 / 2) and learning_rate(1, 10, one) == pytest.approx(1.0)
     assert all(rate > 0 for rate in rates)
+    trapezoid = SchedulePart(lr=1.0, warmup=0.2, shape="trapezoid")
+    assert [learning_rate(s, 10, trapezoid) for s in (0, 1, 2, 7)] == [0.5, 1.0, 1.0, 1.0]
+    assert [learning_rate(s, 10, trapezoid) for s in (8, 9)] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_default_threads_are_shared_out():
