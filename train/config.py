@@ -198,8 +198,8 @@ class SchedulePart:
     lr: float = 2e-3
     """Peak learning rate (AdamW)."""
     shape: Literal["cosine", "one_cycle", "constant", "trapezoid"] = "cosine"
-    """After the warm-up: `cosine` falls to 0; `one_cycle` rises and falls along half cosines; `constant` stays; `trapezoid` stays, and falls to 0 in the
-    last 30 % of the steps."""
+    """After the warm-up: `cosine` falls to 0; `one_cycle` rises and falls along half cosines; `constant` stays; `trapezoid` stays, then falls
+    to 0 in the last 30 % of the steps."""
     warmup: float = 0.1
     """Share of the steps in which the rate rises."""
     weight_decay: float = 0.0

@@ -36,10 +36,10 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
 STATES_WEIGHT = 10.0
-CARRIED = 0.8  # LoRA goes to the layers that together carry this share of what cutting the picture from all layers does
+CARRIED = 0.95  # LoRA goes to the layers that together carry this share of what cutting the picture from all layers does
 NOTHING_ENOUGH = 0.97  # abstention that is as good as whole
 PATIENCE = 2
-GRIDS_PER_GAP = 1400  # grids for a gap of 100 points
+GRIDS_PER_GAP = 1100  # grids for a gap of 100 points
 LEAST_GRIDS = 200
 
 
@@ -142,8 +142,8 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     projections = _lora_projections(findings, teacher, config.lora.projections)
     total_gap = gap_hear + gap_see
     gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
-    shared = f"{_sentence(gaps)} The two distillation terms share the weight 2 by these gaps, neither below 0.5."
-    weight_hear, weight_see = (min(1.5, max(0.5, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
+    shared = f"{_sentence(gaps)} Both distillation terms weigh 1, the one with the wider gap up to 1.5: looking away spills over to the other."
+    weight_hear, weight_see = (min(1.5, max(1.0, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
     distillation = Choice(round(weight_hear, 2), shared) if teacher.value else Choice(0.0, "There is no teacher cut.")
     mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
     states = Choice(
@@ -377,12 +377,16 @@ def _extras(config: Config) -> Choice:
 def _conditions(config: Config, ce: Choice) -> Choice:
     """Of a group's four clips, how many are also asked about both streams at once; how many clips beside them have one stream taken away."""
     labelled = (ce.value if config.loss.counterfactual_ce is None else config.loss.counterfactual_ce) > 0
-    both = 4 if labelled else 0
+    both = 1 if labelled else 0
     bare = 0 if config.loss.abstention == 0 else 1
     data = config.data
     found = Choice(
         {"both": both, "bare": bare},
-        ("Answers about both streams at once have to be trained, or streams get swapped in them. " if both else "No labels, so no both-questions. ")
+        (
+            "Answers about both streams have to be trained too, or streams get swapped in them: about one clip of four. "
+            if both
+            else "No labels, so no both-questions. "
+        )
         + ("One clip beside each four is muted, blanked or lacks a stream." if bare else "No abstention."),
     )
     given = {"both": both if data.both is None else data.both, "bare": bare if data.bare is None else data.bare}
