@@ -93,9 +93,9 @@ class LoRAPart:
     """Decay of an exponential moving average of the adapter over steps; 0 is none. Where there is one, it is what checkpoints hold."""
     layers: tuple[int, ...] | None = None
     """Decoder layers that get an adapter. None: `choose` decides."""
-    choose: Literal["plan", "all", "random", "complement"] = "plan"
-    """`plan`: the layers that the diagnosis points to. The others are controls with as many trained parameters (their ranks are shared out so): all
-    layers, as many drawn at random, those that the plan leaves out."""
+    choose: Literal["plan", "all", "causal", "random", "complement"] = "plan"
+    """`plan`: the layers up to the last that carries the picture into the answer. The others are controls with as many trained parameters (ranks are
+    shared out so): all layers, the causal ones alone, as many as these drawn at random, all but these."""
     projections: tuple[str, ...] | None = None
     """Linear layers in them, from q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. None: the plan decides."""
 

@@ -36,7 +36,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
 STATES_WEIGHT = 10.0
-CARRIED = 0.95  # LoRA goes to the layers that together carry this share of what cutting the picture from all layers does
+CARRIED = 0.95  # causal layers are those that together carry this share of what cutting the picture from all layers does
 NOTHING_ENOUGH = 0.97  # abstention that is as good as whole
 PATIENCE = 2
 GRIDS_PER_GAP = 1100  # grids for a gap of 100 points
@@ -333,15 +333,20 @@ def _lora_layers(causal: Choice, n_layers: int, config: Config) -> tuple[Choice,
         layers = sorted(set(lora.layers))
         because = f"Set in the configuration. From the findings: {causal.value}."
         return Choice(layers, because, overridden=True), Choice([lora.r] * len(layers), "lora.r in each.")
-    planned = causal.value
+    planned = list(range(max(causal.value) + 1))
     if lora.choose == "plan":
-        because = f"The layers that carry the picture into the answer. {causal.because}"
+        because = (
+            f"Up to layer {planned[-1]}, the last that carries the picture into the answer. Those below are with it, since there the answer reads the "
+            "question: without them it does not learn which stream is asked about (configs/ablations/layers.yaml)."
+        )
         return Choice(planned, because), Choice([lora.r] * len(planned), "lora.r in each.")
     layers = list(range(n_layers))
+    if lora.choose == "causal":
+        layers = causal.value
     if lora.choose == "complement":
-        layers = [layer for layer in layers if layer not in planned]
+        layers = [layer for layer in layers if layer not in causal.value]
     if lora.choose == "random":
-        layers = sorted(random.Random(config.run.seed).sample(layers, len(planned)))
+        layers = sorted(random.Random(config.run.seed).sample(layers, len(causal.value)))
     units = lora.r * len(planned)
     if not layers or units < len(layers):
         raise PlanError(

@@ -19,7 +19,7 @@ def test_choices_by_hand():
     assert plan.fusion_window.value == [1, 5]  # windows 1:4 and 2:5
     assert "2 of 6 windows" in plan.fusion_window.because and "2:5 (+0.90" in plan.fusion_window.because
     assert plan.causal_layers.value == [1, 2, 3, 4]  # no curve of question+emitters was measured: the fusion window
-    assert (plan.lora_layers.value, plan.lora_ranks.value) == ([1, 2, 3, 4], [8, 8, 8, 8])
+    assert (plan.lora_layers.value, plan.lora_ranks.value) == ([0, 1, 2, 3, 4], [8] * 5)  # and those below them
     assert plan.lora_projections.value == ["q_proj", "k_proj", "v_proj", "o_proj"]
     # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 1, since 2 * 0.3 / 1.1 is less; 1100 * 1.1 = 1210 grids, 4 a step -> 310 steps
     assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 1.0, "states": 10.0, "retention": 0.2, "abstention": 1.0}
@@ -57,17 +57,23 @@ def curve(effects):
     return [cut("video->question+emitters", k, 8, "counterfactual", "hear", None, effect) for k, effect in enumerate(effects)]
 
 
-def test_adapters_go_to_the_layers_that_carry_the_picture():
+def test_adapters_go_up_to_the_last_layer_that_carries_the_picture():
     """From layer k on 3.3 3.3 3.2 3.0 2.5 1.5 0.5 0.125: layers carry 0, 0.1, 0.2, 0.5, 1, 1, 0.375, 0.125. 95 % of 3.3 is 3.135: 4 5 3 6 2 and 7."""
     findings = biased()
     findings.knockout += curve([3.3, 3.3, 3.2, 3.0, 2.5, 1.5, 0.5, 0.125])
     plan = make_plan(findings, Config())
-    assert plan.causal_layers.value == plan.lora_layers.value == [2, 3, 4, 5, 6, 7]
+    assert plan.causal_layers.value == [2, 3, 4, 5, 6, 7] and plan.lora_layers.value == [0, 1, 2, 3, 4, 5, 6, 7]
     assert "these 6 of 8 layers carry 97.0 % of it" in plan.causal_layers.because
 
 
 @pytest.mark.parametrize(
-    ("choose", "layers", "ranks"), [("all", list(range(8)), [6] * 8), ("complement", [0, 1], [24] * 2), ("random", None, [8] * 6)]
+    ("choose", "layers", "ranks"),
+    [
+        ("all", list(range(8)), [8] * 8),
+        ("causal", [2, 3, 4, 5, 6, 7], [10, 11, 11, 10, 11, 11]),
+        ("complement", [0, 1], [32] * 2),
+        ("random", None, [10, 11, 11] * 2),
+    ],
 )
 def test_control_layers_have_as_many_parameters(choose, layers, ranks):
     findings = biased()
@@ -80,7 +86,7 @@ def test_control_layers_have_as_many_parameters(choose, layers, ranks):
 
 def test_controls_that_cannot_be_made_are_refused():
     findings = biased()
-    findings.knockout += curve([3.2, 2.8, 2.4, 2.0, 1.6, 1.2, 0.8, 0.1])
+    findings.knockout += curve([3.2, 2.8, 2.4, 2.0, 1.6, 1.2, 0.8, 0.0])
     with pytest.raises(PlanError, match="cannot be shared out"):  # 7 layers of rank 1 for 8 layers
         make_plan(findings, Config(lora=LoRAPart(choose="all", r=1)))
 
