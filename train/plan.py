@@ -336,8 +336,8 @@ def _lora_layers(causal: Choice, n_layers: int, config: Config) -> tuple[Choice,
     planned = list(range(max(causal.value) + 1))
     if lora.choose == "plan":
         because = (
-            f"Up to layer {planned[-1]}, the last that carries the picture into the answer. Those below are with it, since there the answer reads the "
-            "question: without them it does not learn which stream is asked about (configs/ablations/layers.yaml)."
+            f"Up to layer {planned[-1]}, the last that carries the picture into the answer. Those below are with it, since there the answer reads "
+            "the question: without them it does not learn which stream is asked about (configs/ablations/layers.yaml)."
         )
         return Choice(planned, because), Choice([lora.r] * len(planned), "lora.r in each.")
     layers = list(range(n_layers))
