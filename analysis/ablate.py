@@ -127,10 +127,18 @@ def load_set(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] | N
             raise AblateError(f"{path} has no {key!r}; see the top of analysis/ablate.py for what a set looks like.")
     if not isinstance(raw["arms"], dict) or not all(isinstance(arm or {}, dict) for arm in raw["arms"].values()):
         raise AblateError(f"{path}: arms should hold `name: {{description: …, set: {{…}}}}` lines.")
+    for where, value in (("base", raw["base"]), ("reference", raw["reference"])):
+        if not isinstance(value, str):
+            raise AblateError(f"{path}: {where} is {value!r}, but should be text.")
+    for where, value in (("common", raw.get("common")), *((f"arms.{name}.set", (arm or {}).get("set")) for name, arm in raw["arms"].items())):
+        if value is not None and not isinstance(value, dict):
+            raise AblateError(f"{path}: {where} should hold `key: value` settings, not {value!r}.")
     base = Path(raw["base"])
     if not base.is_file():
         raise AblateError(f"{path}: base {base} is no file, seen from {Path.cwd()}. Start the command where that path leads to it.")
-    shared = flat(_mapping(base)) | flat(raw.get("common") or {}) | dict(_override(text) for text in overrides)
+    shared = flat(_mapping(base)) | flat(raw.get("common") or {})
+    for text in overrides:
+        shared |= _override(text)
     arms = []
     for name, said in raw["arms"].items():
         said = said or {}
@@ -146,7 +154,12 @@ def load_set(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] | N
     if str(raw["reference"]) not in [arm.name for arm in arms]:
         raise AblateError(f"{path}: reference {raw['reference']!r} is none of its arms: {', '.join(arm.name for arm in arms)}.")
     given = raw.get("seeds", [0]) if seeds is None else seeds
-    if not given or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in given) or len(set(given)) < len(given):
+    if (
+        not isinstance(given, (list, tuple))
+        or not given
+        or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in given)
+        or len(set(given)) < len(given)
+    ):
         raise AblateError(f"{path}: seeds are {given!r}: give different whole numbers, for instance [0, 1, 2].")
     chosen = tuple(arm for arm in arms if only is None or arm.name in only)
     return ArmSet(path, str(raw.get("title") or path.stem), str(raw.get("notes") or ""), str(raw["reference"]), tuple(given), chosen)
@@ -186,13 +199,16 @@ def _mapping(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _override(text: str) -> tuple[str, Any]:
+def _override(text: str) -> dict[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise AblateError(f"--set {text}: write key=value, for instance schedule.steps=200.")
     if key.strip() in OURS:
         raise AblateError(f"--set {key.strip()}: `ablate` sets that itself.")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return flat({key.strip(): yaml.safe_load(value)})
+    except yaml.YAMLError as error:
+        raise AblateError(f"--set {text}: the value cannot be read as YAML ({error}).") from None
 
 
 # ---------------------------------------------------------------- runs

@@ -174,7 +174,9 @@ _DENIES: dict[Modality, re.Pattern[str]] = {
     "see": re.compile(
         r"(?<!not )(?<!not a )\b(?:black|blank|dark|empty)\s+"
         r"(?:screen|frames?|pictures?|images?|video|clip|scene|view|background)\b(?!\s+(?:with|of|show))"
-        rf"|(?<!not )\b(?:black|blank|dark|invisible)\W*$|\b(?:darkness|blackness)\b|{_NO}\s+see(?:ing)?\W*$|\bnot visible\b"
+        r"|(?:^|\b(?:it|everything|all|see|seeing|only|just|screen|picture|image|video)\b)\W*(?:is |was )?"
+        r"(?:all |completely |entirely |only )?(?:black|blank|dark|invisible)\W*$"
+        rf"|\b(?:darkness|blackness)\b|{_NO}\s+see(?:ing)?\W*$|\bnot visible\b"
         rf"|\b(?:pictures?|images?|video|screen)\s+{_IS}(?:empty|missing|absent|off|black|blank)\b"
     ),
 }

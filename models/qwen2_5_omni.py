@@ -99,23 +99,25 @@ class Qwen25Omni(AVLLM):
         return [StreamFeatures(f.float().cpu(), tuple(g.tolist())) for f, g in zip(features, grid, strict=True)]
 
     def encode_audio(self, waves: list[np.ndarray]) -> list[StreamFeatures]:
+        # One by one: in a batch the last digits depend on the others, and what a run trains on must not depend on what it measured before.
+        return [self._encode_wave(wave) for wave in waves]
+
+    def _encode_wave(self, wave: np.ndarray) -> StreamFeatures:
         extractor = self.processor.feature_extractor
-        # Padded past the longest wave by more than one window, frames are those of the processor's padding to its maximum; nothing is truncated.
-        longest = -(-max(len(w) for w in waves) // extractor.hop_length) * extractor.hop_length + 10 * extractor.hop_length
+        # Padded past the wave by more than one window, frames are those of the processor's padding to its maximum; nothing is truncated.
+        length = -(-len(wave) // extractor.hop_length) * extractor.hop_length + 10 * extractor.hop_length
         inputs = extractor(
-            waves,
+            [wave],
             sampling_rate=AUDIO_RATE,
             padding="max_length",
-            max_length=longest,
+            max_length=length,
             truncation=False,
             return_attention_mask=True,
             return_tensors="pt",
         )
         mask = inputs["attention_mask"].to(self.device)
         out = self._model.get_audio_features(inputs["input_features"].to(self.device, self.dtype), mask, return_dict=True).last_hidden_state
-        frames = mask.sum(1)
-        tokens = self._model.audio_tower._get_feat_extract_output_lengths(frames)[1].tolist()
-        return [StreamFeatures(f.float().cpu(), (int(n),)) for f, n in zip(out.split(tokens), frames, strict=True)]
+        return StreamFeatures(out.float().cpu(), (int(mask.sum()),))
 
     def media_layout(self, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> Layout:
         processor, second_per_grid = self.processor, self.processor.video_processor.temporal_patch_size / self.fps

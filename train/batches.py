@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from data.clips import Clip, Clips, DataError, Grid
-from data.questions import MODALITIES, QUESTIONS, Modality, answer
+from data.questions import MODALITIES, NOTHING, QUESTIONS, Modality, answer
 from models import AVLLM, Cut, Kind, Media
 from models.avllm import Batch, Decoded, Example, Suffix, answer_logprobs
 from train import objective
@@ -59,8 +59,8 @@ class Ask:
 
     @property
     def about_nothing(self) -> bool:
-        """Whether the question is about the stream that is not there."""
-        return self.bare and self.modality != "both" and self.truth[1] == answer(self.modality, "", "")[1]
+        """Whether the question is about a stream that is not there."""
+        return self.modality != "both" and self.truth[1] == NOTHING
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,20 @@ def _asks(
 
 def _bare_asks(clips: Clips, taken: Taken, wording: dict[Modality, str], config: Config, rng: np.random.Generator) -> list[Ask]:
     """See-, hear- and both-question about a clip without one stream: its file has silence or black, or the stream is not given at all."""
-    made = clips.select("train", taken) if taken in ("muted", "blanked") else []
-    pool = made or dosed(clips.select("train", "factual"), config.data.dose, config.run.seed)
+    usable = _factual_used(clips, config)
+    made = [c for c in clips.select("train", taken) if {c.video_rendering, c.audio_rendering} & usable] if taken in ("muted", "blanked") else []
+    pool = made or [c for c in clips.select("train", "factual") if c.id in usable]
     clip = pool[rng.integers(len(pool))]
     video, audio = bool(made) or taken in ("muted", "no sound"), bool(made) or taken in ("blanked", "no picture")
     return [Ask(clip, modality, wording[modality], video, audio, bare=True) for modality in ("hear", "see", "both")]
+
+
+def _factual_used(clips: Clips, config: Config) -> set[str]:
+    """Ids of the factual clips that the dose leaves, in grids or on their own; a stream's rendering has the id of its factual clip."""
+    data, seed = config.data, config.run.seed
+    if data.train_on == "factual":
+        return {c.id for c in dosed(clips.select("train", "factual"), data.dose, seed)}
+    return {cell for g in dosed([g for g in clips.grids if g.split == "train"], data.dose, seed) for cell in (g.oo, g.xx)}
 
 
 def dosed(items: list, dose: float, seed: int) -> list:
@@ -226,8 +235,12 @@ class _Taught:
     @property
     def job(self) -> tuple[str, str, str]:
         """The key of `Answers`."""
-        missing = ("" if self.view.video else " without picture") + ("" if self.view.audio else " without sound")
-        return self.view.clip.id + missing, self.view.question, self.cut
+        return given(self.view), self.view.question, self.cut
+
+
+def given(ask: Ask) -> str:
+    """The clip's id, and which of its streams the model is not given."""
+    return ask.clip.id + ("" if ask.video else " without picture") + ("" if ask.audio else " without sound")
 
 
 def _to_teach(asks: Sequence[Ask], plan: Plan, loss: LossPart) -> list[_Taught]:
@@ -280,32 +293,40 @@ def make_micro(
 
     in_grid = [ask for ask in asks if ask.same is not None]
     hear = [ask for ask in asks if ask.modality == "hear" and ask.audio and not ask.bare]
-    part("counterfactual_ce", [ask for ask in asks if not ask.about_nothing])
-    part("abstention", [ask for ask in asks if ask.about_nothing])
+    # Of clips that lost a stream by modality dropout, only what is left is asked about.
+    part("counterfactual_ce", [ask for ask in asks if not ask.about_nothing and (ask.bare or ask.modality != "both" or (ask.video and ask.audio))])
+    part("abstention", [ask for ask in asks if ask.bare and ask.about_nothing])
     part("hinge", in_grid, against=True)
     part("dpo", [ask for ask in in_grid if ask.clip.condition == "counterfactual"], against=True)
     part("base_divergence", hear)
     part("latent_readout", hear)
 
     taught = _to_teach(asks, plan, loss)
-    own = average is not None and loss.teacher_weights == "ema"
-    with evaluating(model), average() if own and average else model.adapter_off():
-        # A moving average says other things at every step.
-        kept, suffixes, logits, states = _teach(model, taught, root, {} if own else answers, loss)
+    kept: list[tuple[_Taught, Suffix, Tensor, Tensor]] = []
+    with evaluating(model):
+        if average is not None and loss.teacher_weights == "ema":
+            with average():  # it says other things at every step; what is to stay as it was is the adapter-off model's
+                kept += _teach(model, [t for t in taught if t.term != "retention"], root, {}, loss)
+            taught_off = [t for t in taught if t.term == "retention"]
+        else:
+            taught_off = taught
+        with model.adapter_off():
+            kept += _teach(model, taught_off, root, answers, loss)
     for term in dict.fromkeys(t.term for t in taught):
-        places = [place for place, i in enumerate(kept) if taught[i].term == term]
+        mine = [k for k in kept if k[0].term == term]
         asked = sum(t.term == term for t in taught)
-        rows = [pool.add(taught[kept[place]].ask, suffixes[place]) for place in places]
+        rows = [pool.add(t.ask, suffix) for t, suffix, *_ in mine]
         if term == "compared":
-            for name, cell in (("invariance", lambda ask: ask.same), ("sensitivity", lambda ask: ask.swapped)):
+            for name, cell in (("invariance", "same"), ("sensitivity", "swapped")):
                 if name in weights:
-                    other = [pool.add(replace(ask, clip=cell(ask)), suffixes[place]) for place in places if (ask := taught[kept[place]].ask)]
+                    other = [pool.add(replace(t.ask, clip=getattr(t.ask, cell)), suffix) for t, suffix, *_ in mine]
                     parts[name] = [Part(rows, asked, other)]
             continue
-        parts[term] = [Part(rows, asked, reference=None if term == "attention_balance" else logits[places])]
+        logits = torch.stack([logits for *_, logits, _ in mine]) if mine else None
+        parts[term] = [Part(rows, asked, reference=None if term == "attention_balance" else logits)]
         if term in ("distillation", "mirror") and "states" in weights:
-            start = parse_cut(taught[kept[places[0]]].cut).start if places and loss.teacher == "cut" else 0
-            parts["states"].append(Part(rows, asked, reference=states[start:, places] if places else None))
+            start = parse_cut(mine[0][0].cut).start if mine and loss.teacher == "cut" else 0
+            parts["states"].append(Part(rows, asked, reference=torch.stack([states[start:] for *_, states in mine], 1) if mine else None))
 
     with torch.no_grad(), evaluating(model), model.adapter_off():
         for dpo in parts.get("dpo", []):
@@ -422,12 +443,11 @@ def evaluating(model: AVLLM) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart) -> tuple[list[int], list[Suffix], Tensor, Tensor]:
-    """What the teacher says: which of `wanted` are taught, the answers' suffixes, and logits (N, tokens, vocabulary) and states (layers, N, tokens,
-    hidden) at the emitters of these."""
-    nothing = torch.empty(0)
+def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart) -> list[tuple[_Taught, Suffix, Tensor, Tensor]]:
+    """What the frozen model says: those of `wanted` that are taught, each with its answer's suffix, and at its emitters logits (tokens, vocabulary)
+    and states (layers, tokens, hidden), padded alike."""
     if not wanted:
-        return [], [], nothing, nothing
+        return []
     # Uncut, with both streams: to see whether the cut changes the answer.
     plain = [_Taught("", t.ask, t.ask, UNCUT) for t in wanted if t.ask.clip.condition == "factual"]
     jobs = {t.job: t for t in [*wanted, *plain]}
@@ -442,21 +462,18 @@ def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers
         which = [order[view, into_media[cut]] for view, _, cut in new]
         said = model.generate_ids(prefix, which, [question for _, question, _ in new], [cuts[cut] for *_, cut in new], loss.max_answer_tokens)
         answers.update(zip(new, said, strict=True))
-    uncut = {(t.ask.clip.id, t.ask.question): answers[t.job] for t in plain}
-    kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or answers[t.job] == uncut[t.ask.clip.id, t.ask.question]]
+    uncut = {(given(t.ask), t.ask.question): answers[t.job] for t in plain}
+    kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or answers[t.job] == uncut[given(t.ask), t.ask.question]]
     if not kept:
-        return [], [], nothing, nothing
+        return []
     suffixes = [_own_answer(model, wanted[i].ask.question, answers[wanted[i].job], loss.max_answer_tokens) for i in kept]
     which = [order[wanted[i].job[0], into_media[wanted[i].cut]] for i in kept]
     out = model.extend(prefix, which, suffixes, [cuts[wanted[i].cut] for i in kept], hidden=True)
     assert out.hidden is not None
     rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(out.logits.shape[1])).to(out.logits.device)
     states = torch.stack([h.gather(1, rows.clamp_max(h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[-1])) for h in out.hidden[1:]])
-    if loss.gate:
-        tokens = (out.targets != IGNORED).sum(1)
-        sure = ((out.logprobs().sum(1) / tokens).exp() >= loss.gate).nonzero()[:, 0].tolist()
-        return [kept[i] for i in sure], [suffixes[i] for i in sure], out.logits[sure], states[:, sure]
-    return kept, suffixes, out.logits, states
+    sure = (out.logprobs().sum(1) / (out.targets != IGNORED).sum(1)).exp() >= loss.gate
+    return [(wanted[i], suffixes[k], out.logits[k], states[:, k]) for k, i in enumerate(kept) if bool(sure[k]) or wanted[i].term == "retention"]
 
 
 def _own_answer(model: AVLLM, question: str, ids: list[int], max_new_tokens: int) -> Suffix:

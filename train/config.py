@@ -61,7 +61,8 @@ class DataPart:
     """How it is built then. A folder that was built otherwise is refused; a folder of your own making is taken as it is."""
     train_on: Literal["grids", "one_swap", "shuffled", "factual"] = "grids"
     """`grids`: all four cells of 2x2 grids (two clips and their two swaps). `one_swap`: a clip and the one swap that keeps its picture, of two grids.
-    `shuffled`: as many cells, each drawn on its own. `factual`: unswapped clips only."""
+    `shuffled`: as many cells, each drawn on its own (parts of a
+    step then differ in how many are factual, so accumulation and processes change the weight of retention a little). `factual`: unswapped clips."""
     dose: float = 1.0
     """Share of the training grids (or of the factual clips) that is used; a smaller dose is part of a larger one."""
     both: int | None = None
@@ -139,9 +140,9 @@ class LossPart:
     base_divergence: float = 0.0
     """On audio words the answer with sound is likelier than without. Needs labels."""
     latent_readout: float = 0.0
-    """The label is readable by the logit lens at question rows in the plan's fusion window. Needs labels."""
+    """The label is readable by the logit lens at question rows in the plan's causal layers. Needs labels."""
     attention_balance: float = 0.0
-    """Audio's share of the emitters' attention to media on hear-questions is at least a half in the plan's fusion window. No labels."""
+    """Audio's share of the emitters' attention to media on hear-questions is at least a half in the plan's causal layers. No labels."""
     text_retention: float = 0.0
     """Staying close to the frozen model on plain text (data.text). No labels."""
     teacher_cut: str | None = None
@@ -219,8 +220,8 @@ class SchedulePart:
             raise ConfigError(f"schedule.steps is {self.steps}: at least 1, or left out and the plan decides.")
         if self.patience is not None and (self.patience == 0 or self.patience < -1):
             raise ConfigError(f"schedule.patience is {self.patience}: a number of checkpoints, or -1 to never stop early.")
-        if not self.lr > 0:
-            raise ConfigError(f"schedule.lr is {self.lr}: it has to be above 0. (In YAML write 1.0e-3 or 0.001.)")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ConfigError(f"schedule.lr is {self.lr}: it has to be a finite number above 0. (In YAML write 1.0e-3 or 0.001.)")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"schedule.warmup is {self.warmup}: it is a share of the steps and has to lie in [0, 1).")
         if not self.clip > 0:
@@ -272,6 +273,8 @@ class RunPart:
     """Newest checkpoints to keep; the best one so far is kept besides. -1: all."""
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"run.seed is {self.seed}: it has to be at least 0.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"run.threads is {self.threads}: at least 1, or left out for the physical cores.")
         if self.keep == 0 or self.keep < -1:
@@ -297,10 +300,9 @@ class Config:
             raise ConfigError("loss.text_retention needs plain text: name a file with data.text.")
         if self.loss.attention_balance and self.schedule.gradient_checkpointing:
             raise ConfigError("loss.attention_balance reads attention during the forward pass: switch schedule.gradient_checkpointing off.")
-        if self.data.train_on != "grids" and (self.loss.invariance or self.loss.sensitivity):
-            raise ConfigError(
-                f"loss.invariance and loss.sensitivity compare cells of a grid: data.train_on has to be grids, not {self.data.train_on}."
-            )
+        compared = [name for name in ("hinge", "dpo", "invariance", "sensitivity") if getattr(self.loss, name)]
+        if self.data.train_on != "grids" and compared:
+            raise ConfigError(f"loss.{compared[0]} compares cells of a grid: data.train_on has to be grids, not {self.data.train_on}.")
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that `--config` reads again."""

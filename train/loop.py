@@ -263,8 +263,10 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, schedule)
         groups, sums = sample_step(clips, config, plan, step), dict.fromkeys(weights, 0.0)
+        done_so_far: list[Group] = []
         for part in range(schedule.accumulate):
             mine = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
+            done_so_far += mine
             micro = make_micro(model, mine, clips.root, plan, config.loss, answers, ema.applied if ema else None)
             decoder.train()
             with accelerator.accumulate(decoder):
@@ -272,7 +274,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
                 accelerator.backward(total(terms, weights))
                 norm = accelerator.clip_grad_norm_(parameters, schedule.clip) if accelerator.sync_gradients else None
                 if accelerator.sync_gradients and norm is not None and not math.isfinite(norm):
-                    raise_not_finite(folder, step, mine, terms)
+                    raise_not_finite(folder, step, done_so_far, terms)
                 optimizer.step()
                 optimizer.zero_grad()
             sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}

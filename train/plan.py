@@ -160,7 +160,7 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     )
     count = 10 * math.ceil(max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap) / config.schedule.grids / 10)
     steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
-    return Plan(
+    plan = Plan(
         fusion_window=fusion,
         causal_layers=causal,
         teacher_cut=teacher,
@@ -185,6 +185,9 @@ def make_plan(findings: Findings, config: Config) -> Plan:
             config.schedule.patience,
         ),
     )
+    if not plan.weights():
+        raise PlanError("No term is left to train with: every weight is 0, in the configuration or because the findings give it nothing to do.")
+    return plan
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -417,7 +420,9 @@ def _lora_projections(findings: Findings, teacher: Choice, override: tuple[str, 
 
 def _class_weights(findings: Findings, config: Config) -> Choice:
     """How often a class is drawn: more where its sound is not named on conflicts. Failure rates are shrunk to the mean by two pseudo-clips."""
-    if config.data.train_on == "factual":
+    weight = config.loss.counterfactual_ce
+    labels = weight is None or weight > 0 or any(getattr(config.loss, term) for term in ("hinge", "dpo", "base_divergence", "latent_readout"))
+    if config.data.train_on == "factual" or not labels:
         return Choice({}, "All classes alike: drawing by class would use labels.")
     asked = [s for s in findings.samples if (s.condition, s.modality) == ("counterfactual", "hear")]
     count, failed = Counter(s.heard for s in asked), Counter(s.heard for s in asked if s.verdict != "audio")

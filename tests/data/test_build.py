@@ -217,7 +217,7 @@ def test_default_test_split_is_large_enough() -> None:
 def test_every_source_is_rendered() -> None:
     config = DataConfig()
     jobs = _factual(config, _classes(config))
-    assert len({j.id for j in jobs}) == len({j.seed for j in jobs}) == len(jobs) == 43 * (12 + 4 + 3 + 8 + 2)
+    assert len({j.id for j in jobs}) == len({j.seed for j in jobs}) == len(jobs) == 43 * (24 + 4 + 3 + 8 + 2)
     for split in ("train", "test"):
         used = {s.id for j in jobs if j.split == split for s in (j.picture, j.sound)}
         assert used == {s.id for c in load_sources() for s in (*c.train_pictures, *c.train_sounds)}
