@@ -176,6 +176,9 @@ def test_settings_come_one_on_top_of_the_other(tmp_path):
     assert [arm.settings for arm in one.arms] == [{"lora.r": r, "lora.alpha": 8, "schedule.steps": 2} for r in (6, 8)]
     assert one.seeds == (7,) and nested(one.arms[1].settings)["lora"] == {"r": 8, "alpha": 8}
     assert [arm.name for arm in load_set(path, only=["b"]).arms] == ["b"]
+    assert load_set(path, ["loss={mirror: 0}"]).arms[0].settings["loss.mirror"] == 0
+    with pytest.raises(AblateError, match="cannot be read as YAML"):
+        load_set(path, ["a=[1"])
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,10 @@ def test_settings_come_one_on_top_of_the_other(tmp_path):
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"arms": {"a": {"sets": {}}}}, "unknown key 'sets'"),
         ({"arms": {"a": {"set": {"run.folder": "x"}}}}, "sets run.folder"),
+        ({"arms": {"a": {"set": [1]}}}, "arms.a.set should hold"),
+        ({"common": [1]}, "common should hold"),
+        ({"base": ["x"]}, "base is .* but should be text"),
+        ({"seeds": 3}, "different whole numbers"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused(tmp_path, changes, message):

@@ -160,6 +160,7 @@ NOT_NOTHING_SEEN = [
     "", "I see a house.", "I hear nothing.", "There is no sound.", "It is silent.", "A black screen with white text.", "I see a black box.",
     "I see nothing but sand.", "I see nothing else.", "I do not see a house.", "The screen is not black.", "I see a dark image of a house.",
     "It is black at first.", "Silence.", "I see a house. I hear nothing.", "I see a man in a dark coat.", "The picture shows a house, no sound.",
+    "The car is black.", "A man in black.", "Someone is walking in the dark.",
 ]  # fmt: skip
 
 

@@ -187,3 +187,12 @@ def test_adapter_of_another_model_is_refused(tmp_path, tiny_folder):
         attach_adapter(load_model(shallow), tmp_path / "adapter")
     with pytest.raises(ModelError, match="no adapter"):
         load_model(tiny_folder, adapter=tmp_path)
+
+
+def test_features_do_not_depend_on_who_else_is_encoded(tiny, mp4s):
+    """To the last bit: what a run trains on must not depend on what was measured before, in which company."""
+    waves, videos = [read_audio(p) for p in mp4s], [read_video(p, tiny.fps) for p in mp4s]
+    with torch.no_grad():
+        for encode, streams in ((tiny.encode_audio, waves), (tiny.encode_video, videos)):
+            for alone, together in zip((encode([s])[0] for s in streams), encode(streams), strict=True):
+                assert torch.equal(alone.features, together.features) and alone.size == together.size
