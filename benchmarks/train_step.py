@@ -41,12 +41,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.knockout import attention, peak_memory, random_model, wait
 from data.clips import Clip
 from data.media import mux, read_audio, read_video, stream_hashes, write_mp4
-from data.questions import MODALITIES, QUESTIONS, answer
+from data.questions import QUESTIONS, answer
 from models import self_check
 from models.attention import IMPLEMENTATION
 from models.avllm import AUDIO_RATE
 from models.qwen2_5_omni import Qwen25Omni
-from train.batches import Answers, Ask, Group, loss_terms, make_micro
+from train.batches import STREAMS, Answers, Ask, Group, loss_terms, make_micro
 from train.config import LossPart
 from train.objective import total
 from train.plan import Choice, Plan
@@ -118,7 +118,7 @@ def build_clips(root: Path, seconds: int = SECONDS) -> list[Clip]:
 
 def asks_about(clips: Sequence[Clip], questions: int) -> list[Ask]:
     """Half of them about what is heard, half about what is seen."""
-    return [Ask(clip, modality, QUESTIONS[modality][i]) for clip in clips for i in range(questions // 2) for modality in MODALITIES]
+    return [Ask(clip, modality, QUESTIONS[modality][i]) for clip in clips for i in range(questions // 2) for modality in STREAMS]
 
 
 def default_plan(layers: int) -> Plan:

@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "The gradient of step 1 is not finite" in error and "--schedule.lr" in error
     saved = json.loads(next((tmp_path / "run").glob("not_finite_*.json")).read_text())
-    assert saved["step"] == 1 and len(saved["asks"]) == 16
+    assert saved["step"] == 1 and len(saved["asks"]) == 24  # two grids of 9, and a bare clip with 3 to each
 
 
 @pytest.mark.parametrize(
