@@ -262,7 +262,8 @@ class Ablate:
         """Read the sets, run what is missing, compare, write, show."""
         from analysis.ablate import load_set, plan_jobs, run_jobs
         from analysis.ablation import Ablation, compare_arms, read_run
-        from analysis.ablation_report import ablation_tables, markdown, write_page, write_text
+        from analysis.ablation_report import ablation_tables, markdown, write_page
+        from data.files import write_text
 
         if not self.sets:
             raise UsageError("ablate needs at least one set; the ready-made ones are in configs/ablations/.")

@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from analysis.findings import Findings, FindingsError
 from analysis.settings import SettingsError
+from data.files import write_text
 
 OURS = ("run.folder", "run.seed", "run.diagnoses")  # settings that `ablate` makes
 FREE = (*OURS, "run.overwrite", "run.threads", "run.tracker", "run.keep")  # settings that do not make another run
@@ -326,9 +327,7 @@ def _start(job: Job, out: Path, at_once: int, accelerate_config: Path | None) ->
         return True
     threads = job.arm.settings.get("run.threads") or max(1, (psutil.cpu_count(logical=False) or 1) // at_once)
     made = {"run.folder": str(job.folder), "run.seed": job.seed, "run.diagnoses": str(out / "diagnoses"), "run.threads": threads}
-    partial = job.config.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(nested(job.arm.settings | made), sort_keys=False), encoding="utf-8")
-    partial.replace(job.config)
+    write_text(job.config, yaml.safe_dump(nested(job.arm.settings | made), sort_keys=False))
     log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {job.name}\n".encode())
     log.flush()
     line = command(job.config, accelerate_config)

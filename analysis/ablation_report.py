@@ -20,6 +20,7 @@ from analysis.ablation import MEASURES, Ablation, Measure, Row, SetResult
 from analysis.charts import Drawing, Point, scatter
 from analysis.findings import Estimate
 from analysis.tables import effect, number, percent
+from data.files import write_text
 
 COLUMNS = tuple(name for name in MEASURES if name != "factual")
 EXPLAINED = (
@@ -123,15 +124,6 @@ def difference(name: str, measure: Measure | None) -> str:
     if measure is None or measure.difference is None:
         return "–"
     return percent(measure.difference, signed=True) if MEASURES[name].rate else effect(measure.difference)
-
-
-def write_text(path: str | os.PathLike, content: str) -> None:
-    """Write atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(content, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _table(one: SetResult, show: Callable[[str, Measure | None], str]) -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from analysis.findings import Caption
 from analysis.judges import Labels, LabelsJudge
-from analysis.knockout import cut_text
 from analysis.tally import Record, Tally
 from analysis.visits import Visit
 from data.clips import Clip
@@ -56,7 +55,7 @@ class CaptionTally(Tally):
                 prefix = visit.under(media_cut, count)
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
-        ordered = [[modality, cut_text(cut) if cut else None, answers[modality, cut]] for cut in cuts for modality in self.modalities]
+        ordered = [[modality, cut.text if cut else None, answers[modality, cut]] for cut in cuts for modality in self.modalities]
         return {"video": visit.video, "audio": visit.audio, "answers": ordered}
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import write_json
+
 FORMAT = 3
 
 
@@ -325,16 +327,7 @@ class Findings:
 
 def save_json(value: Any, path: str | os.PathLike) -> None:
     """Write a dataclass as JSON, atomically. NaN and infinity are refused with a ValueError."""
-    path = Path(path)
-    text = json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_json(path, dataclasses.asdict(value))
 
 
 def load_json(kind: type, path: str | os.PathLike, what: str, command: str) -> Any:

@@ -60,18 +60,6 @@ def asked(site: str) -> Modality:
     return "hear" if site.startswith("video->") else "see"
 
 
-def cut_text(cut: Cut) -> str:
-    """`video->emitters 4:8`, as plans and findings write a cut."""
-    return f"{cut.site} {cut.start}:{cut.stop}"
-
-
-def cut_of(text: str) -> Cut:
-    """The cut that `cut_text` wrote."""
-    site, _, window = text.rpartition(" ")
-    start, _, stop = window.partition(":")
-    return Cut.at(site, int(start), int(stop))
-
-
 def designated(clip: Clip, modality: Modality) -> tuple[str, str]:
     """(class asked for, class of the other stream)."""
     return (clip.audio_label, clip.video_label) if modality == "hear" else (clip.video_label, clip.audio_label)
@@ -118,7 +106,7 @@ class KnockoutSweep(Tally):
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
         for name, (score, margin) in record.items():
             modality, _, cut = name.partition(" ")
-            cell = self._cells.setdefault((condition, modality, cut_of(cut) if cut else None), _Cell())  # type: ignore[arg-type]
+            cell = self._cells.setdefault((condition, modality, Cut.parse(cut) if cut else None), _Cell())  # type: ignore[arg-type]
             cell.clips += clips[: len(score)]
             cell.score += score.tolist()
             cell.margin += margin.tolist()
@@ -144,7 +132,7 @@ class KnockoutSweep(Tally):
         for c, cut in enumerate(cuts):
             pairs = [designated(clip, modality) for clip in clips]
             wanted, rival = (np.array([table[c, row, pair[side]] for row, pair in enumerate(pairs)]) for side in (0, 1))
-            out[f"{modality} {cut_text(cut)}" if cut else modality] = np.stack([wanted, wanted - rival])
+            out[f"{modality} {cut.text}" if cut else modality] = np.stack([wanted, wanted - rival])
         return out
 
     def deltas(self, condition: str, modality: Modality, cut: Cut) -> tuple[list[Clip], NDArray, NDArray]:
@@ -248,11 +236,11 @@ class CutAnswers(Tally):
             phrases = self.subject.phrases[modality]
             for cut, said in answers.items():
                 verdicts = [verdict(self.subject.text(i), visit.clips[row], modality, phrases) for row, i in zip(rows, said, strict=True)]
-                record[cut_text(cut)] = [list(rows), verdicts]
+                record[cut.text] = [list(rows), verdicts]
         return record
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
         for name, (rows, said) in record.items():
-            cut = cut_of(name)
+            cut = Cut.parse(name)
             pairs = [(clips[row], what) for row, what in zip(rows, said, strict=True)]
             self.sweep.answers.setdefault((condition, asked(cut.site), cut), []).extend(pairs)

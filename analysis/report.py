@@ -47,6 +47,7 @@ from analysis.tables import (
 )
 from analysis.trajectory import headline as scalars
 from analysis.trajectory import panel as panel_of
+from data.files import write_text
 
 Named = tuple[str, Findings]
 LARGEST_CLIP = 4_000_000  # bytes; a larger mp4 is named instead of embedded
@@ -129,7 +130,7 @@ def write_report(
         left_out=_left_out(findings, comparison),
         last=ends[-1][1],
     )
-    _write(path, page)
+    write_text(path, page)
 
 
 def headline(findings: list[Named]) -> list[str]:
@@ -192,7 +193,7 @@ def headline_figure(path: str | os.PathLike, findings: list[Named]) -> None:
         'role="img" aria-label="{label}">'
         '<style>{css}</style><rect width="100%" height="100%" rx="8" style="fill: var(--ground)"/><g transform="translate(20 16)">{body}</g></svg>\n'
     ).format(w=width + 40, h=height + 32, label=summary, css=css, body=joined(parts))
-    _write(path, svg)
+    write_text(path, svg)
 
 
 # ---- the parts of the page, top to bottom
@@ -807,11 +808,3 @@ def _plain(value: Any) -> str:
 
 def _capital(name: str) -> str:
     return name[:1].upper() + name[1:]
-
-
-def _write(path: str | os.PathLike, content: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(content, encoding="utf-8")
-    unfinished.replace(path)

@@ -46,10 +46,11 @@ from models import self_check
 from models.attention import IMPLEMENTATION
 from models.avllm import AUDIO_RATE
 from models.qwen2_5_omni import Qwen25Omni
-from train.batches import STREAMS, Answers, Ask, Group, loss_terms, make_micro
+from train.batches import Answers, loss_terms, make_micro
 from train.config import LossPart
 from train.objective import total
 from train.plan import Choice, Plan
+from train.sampling import STREAMS, Ask, Group
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {

@@ -11,6 +11,7 @@ Attention knockout: Geva et al. 2023 (arXiv 2304.14767). A cut closes the direct
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 IMPLEMENTATION = "avbalance"
+CUT_TEXT = re.compile(r"^(?P<site>(?:video|audio)->[a-z+]+) (?P<start>\d+):(?P<stop>\d+)$")
 
 
 class CutError(RuntimeError):
@@ -71,6 +73,19 @@ class Cut:
         if site not in SITES:
             raise CutError(f"Unknown site {site!r}; the sites are {', '.join(SITES)}.")
         return cls(*SITES[site], start, stop)
+
+    @classmethod
+    def parse(cls, text: str) -> Cut:
+        """`video->emitters 4:8`, as configurations, plans and findings write the cut of layers [4, 8). Raises CutError for a text that is none."""
+        match = CUT_TEXT.match(text)
+        if match is None:
+            raise CutError(f"{text!r} is no cut: write `site start:stop`, for instance `video->emitters 4:8`.")
+        return cls.at(match["site"], int(match["start"]), int(match["stop"]))
+
+    @property
+    def text(self) -> str:
+        """What `parse` reads."""
+        return f"{self.site} {self.start}:{self.stop}"
 
     @property
     def site(self) -> str:

@@ -1,11 +1,7 @@
-"""What one step trains on: which clips and questions, what the frozen teacher says to them, and everything as tensors.
+"""The clips and questions of a step as tensors: what the frozen teacher says to them, the student's sequences, and the terms of the loss.
 
-A step is a pure function of (seed, step), so a resumed run needs no iterator's state. Its unit is a group: 4 clips (the four cells of a grid, or four
-factual clips) with a see- and a hear-question each, some with a both-question, and questions about a clip from which one stream was taken away.
-All groups are alike, so processes and accumulation take equally large shares with the same mix of questions and streams.
-
-    groups = sample_step(clips, config, plan, step)
-    micro = make_micro(model, share(groups, rank, world, part, parts), clips.root, plan, config.loss, answers)
+    groups = share(sample_step(clips, config, plan, step), rank, world, part, parts)        # train/sampling.py
+    micro = make_micro(model, groups, clips.root, plan, config.loss, answers)
     terms = loss_terms(model, decoder(**micro.inputs), micro, plan)
 
 A sequence that several terms ask for (the teacher's own answer is often the true one) goes through the student once.
@@ -13,62 +9,24 @@ A sequence that several terms ask for (the teacher's own answer is often the tru
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data.clips import Clip, Clips, DataError, Grid
-from data.questions import MODALITIES, NOTHING, QUESTIONS, Modality, answer
+from data.clips import DataError
+from data.questions import answer
 from models import AVLLM, Cut, Kind, Media
 from models.avllm import Batch, Decoded, Example, Suffix, answer_logprobs
 from train import objective
-from train.config import Config, LossPart
+from train.config import LossPart
 from train.objective import IGNORED
-from train.plan import Plan, parse_cut
-
-STREAMS: tuple[Literal["hear", "see"], ...] = ("hear", "see")
-Taken = Literal["muted", "blanked", "no sound", "no picture"]
-TAKEN: tuple[Taken, ...] = ("muted", "blanked", "no sound", "no picture")
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question about one clip. video, audio: the streams that the model is given."""
-
-    clip: Clip
-    modality: Modality
-    question: str
-    video: bool = True
-    audio: bool = True
-    wrong: str = ""  # the label phrase of the grid's other clip, on see- and hear-questions
-    same: Clip | None = None  # the cell in which the stream asked about is the same and the other one swapped
-    swapped: Clip | None = None  # the cell in which the stream asked about is swapped and the other one the same
-    bare: bool = False  # one stream is taken away, or shows or sounds nothing
-
-    @property
-    def truth(self) -> tuple[str, str]:
-        """The designated answer and the label in it."""
-        return answer(self.modality, self.clip.seen if self.video else "", self.clip.heard if self.audio else "")
-
-    @property
-    def about_nothing(self) -> bool:
-        """Whether the question is about a stream that is not there."""
-        return self.modality != "both" and self.truth[1] == NOTHING
-
-
-@dataclass(frozen=True)
-class Group:
-    """The unit of a step: its questions, and passages of plain text."""
-
-    asks: tuple[Ask, ...]
-    texts: tuple[str, ...] = ()
+from train.plan import Plan
+from train.sampling import Ask, Group
 
 
 @dataclass
@@ -97,132 +55,6 @@ Answers = dict[tuple[str, str, str], list[int]]  # (what the model is given, que
 UNCUT = ""
 
 
-# ---------------------------------------------------------------- which clips and questions
-
-
-def training_clips(clips: Clips, train_on: str) -> list[Clip]:
-    """Every clip that training may see. Raises DataError where there are too few."""
-    found = clips.select("train", "factual")
-    if train_on != "factual":
-        by_id = clips.by_id()
-        cells = [cell for g in clips.grids if g.split == "train" for cell in (g.oo, g.ox, g.xo, g.xx)]
-        found = [by_id[cell] for cell in dict.fromkeys(cells)]
-    if len(found) < 4:
-        raise DataError(f"{clips.root}: the train split has {len(found)} clips to train on with data.train_on {train_on}; at least 4 are needed.")
-    return found + [c for condition in ("muted", "blanked") for c in clips.select("train", condition)]
-
-
-def sample_step(clips: Clips, config: Config, plan: Plan, step: int) -> list[Group]:
-    """The groups of one step, the same for every process. Grids are drawn by the mean weight of their two sounds' classes (plan.class_weights)."""
-    rng = np.random.default_rng([config.run.seed, step])
-    size, conditions = config.schedule.grids, plan.conditions.value
-    texts = _texts(config, rng, size)
-    return [
-        Group(tuple(_asks(clips, cells, grid, config, conditions, rng, step * size + number)), texts[number])
-        for number, (cells, grid) in enumerate(_cells(clips, config, plan, rng))
-    ]
-
-
-def _cells(clips: Clips, config: Config, plan: Plan, rng: np.random.Generator) -> list[tuple[list[Clip], bool]]:
-    """Four clips a group, and whether they are the cells oo, ox, xo, xx of one grid."""
-    by_id, size, seed = clips.by_id(), config.schedule.grids, config.run.seed
-    if config.data.train_on == "factual":
-        factual = dosed(clips.select("train", "factual"), config.data.dose, seed)
-        chosen = rng.choice(len(factual), size=4 * size, replace=len(factual) < 4 * size)
-        return [([factual[i] for i in chosen[at : at + 4]], False) for at in range(0, len(chosen), 4)]
-    grids: list[Grid] = dosed([g for g in clips.grids if g.split == "train"], config.data.dose, seed)
-    weight = plan.class_weights.value
-    share_of = np.array([weight.get(by_id[g.oo].heard, 1.0) + weight.get(by_id[g.xx].heard, 1.0) for g in grids])
-    count = {"grids": 1, "one_swap": 2, "shuffled": 4}[config.data.train_on] * size
-    drawn = [grids[i] for i in rng.choice(len(grids), size=count, replace=len(grids) < count, p=share_of / share_of.sum())]
-    if config.data.train_on == "grids":
-        return [([by_id[cell] for cell in (g.oo, g.ox, g.xo, g.xx)], True) for g in drawn]
-    if config.data.train_on == "one_swap":
-        return [([by_id[cell] for g in drawn[at : at + 2] for cell in (g.oo, g.ox)], False) for at in range(0, count, 2)]
-    cells = [by_id[(g.oo, g.ox, g.xo, g.xx)[rng.integers(4)]] for g in drawn]
-    return [(cells[at : at + 4], False) for at in range(0, count, 4)]
-
-
-def _asks(
-    clips: Clips, cells: list[Clip], grid: bool, config: Config, conditions: dict[str, int], rng: np.random.Generator, number: int
-) -> list[Ask]:
-    """The questions of one group; one wording a modality, so that cells can be compared."""
-    wording = {modality: QUESTIONS[modality][rng.integers(len(QUESTIONS[modality]))] for modality in MODALITIES}
-    first = int(rng.integers(4))
-    asks = []
-    for place, clip in enumerate(cells):
-        video, audio = True, True
-        if rng.random() < config.loss.modality_dropout:
-            video, audio = (False, True) if rng.random() < 0.5 else (True, False)
-        for modality in STREAMS:
-            ask = Ask(clip, modality, wording[modality], video, audio)
-            if grid:  # place is 2 * (which picture) + (which sound)
-                picture, sound = cells[place ^ 2], cells[place ^ 1]  # the cells with the other picture, with the other sound
-                same, swapped = (picture, sound) if modality == "hear" else (sound, picture)
-                ask = replace(ask, wrong=swapped.heard if modality == "hear" else swapped.seen, same=same, swapped=swapped)
-            asks.append(ask)
-        if (place - first) % 4 < conditions.get("both", 0):
-            asks.append(Ask(clip, "both", wording["both"], video, audio))
-    for bare in range(conditions.get("bare", 0)):
-        asks += _bare_asks(clips, TAKEN[(number + bare) % len(TAKEN)], wording, config, rng)
-    return asks
-
-
-def _bare_asks(clips: Clips, taken: Taken, wording: dict[Modality, str], config: Config, rng: np.random.Generator) -> list[Ask]:
-    """See-, hear- and both-question about a clip without one stream: its file has silence or black, or the stream is not given at all."""
-    usable = _factual_used(clips, config)
-    made = [c for c in clips.select("train", taken) if {c.video_rendering, c.audio_rendering} & usable] if taken in ("muted", "blanked") else []
-    pool = made or [c for c in clips.select("train", "factual") if c.id in usable]
-    clip = pool[rng.integers(len(pool))]
-    video, audio = bool(made) or taken in ("muted", "no sound"), bool(made) or taken in ("blanked", "no picture")
-    return [Ask(clip, modality, wording[modality], video, audio, bare=True) for modality in ("hear", "see", "both")]
-
-
-def _factual_used(clips: Clips, config: Config) -> set[str]:
-    """Ids of the factual clips that the dose leaves, in grids or on their own; a stream's rendering has the id of its factual clip."""
-    data, seed = config.data, config.run.seed
-    if data.train_on == "factual":
-        return {c.id for c in dosed(clips.select("train", "factual"), data.dose, seed)}
-    return {cell for g in dosed([g for g in clips.grids if g.split == "train"], data.dose, seed) for cell in (g.oo, g.xx)}
-
-
-def dosed(items: list, dose: float, seed: int) -> list:
-    """A share of the items, at least one, the first by a hash of seed and id; their order stays."""
-    if dose == 1:
-        return items
-    order = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.id}".encode()).hexdigest())
-    chosen = {item.id for item in order[: max(1, round(dose * len(items)))]}
-    return [item for item in items if item.id in chosen]
-
-
-def _texts(config: Config, rng: np.random.Generator, size: int) -> list[tuple[str, ...]]:
-    """A passage of plain text for each group, where that term is on."""
-    if not config.loss.text_retention or config.data.text is None:
-        return [()] * size
-    try:
-        passages = [line.strip() for line in Path(config.data.text).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{config.data.text} cannot be read as text ({error}). Name a text file, a passage a line, with data.text.") from None
-    if not passages:
-        raise DataError(f"{config.data.text} has no text. Put a passage on each line.")
-    return [(passages[rng.integers(len(passages))],) for _ in range(size)]
-
-
-def share(groups: Sequence[Group], rank: int, world: int, part: int, parts: int) -> list[Group]:
-    """What process `rank` of `world` does in accumulation part `part` of `parts`. Raises DataError unless the shares are equally large."""
-    size, rest = divmod(len(groups), world * parts)
-    if rest:
-        raise DataError(
-            f"schedule.grids is {len(groups)}, which {world} processes with schedule.accumulate {parts} cannot share equally: "
-            f"use a multiple of {world * parts}."
-        )
-    at = (rank * parts + part) * size
-    return list(groups[at : at + size])
-
-
-# ---------------------------------------------------------------- everything as tensors
-
-
 @dataclass(frozen=True)
 class _Taught:
     """A question to learn from the teacher's own answer. `view`: what the teacher is asked, with the streams that it is given; `cut`: its cut."""
@@ -235,12 +67,7 @@ class _Taught:
     @property
     def job(self) -> tuple[str, str, str]:
         """The key of `Answers`."""
-        return given(self.view), self.view.question, self.cut
-
-
-def given(ask: Ask) -> str:
-    """The clip's id, and which of its streams the model is not given."""
-    return ask.clip.id + ("" if ask.video else " without picture") + ("" if ask.audio else " without sound")
+        return self.view.given, self.view.question, self.cut
 
 
 def _to_teach(asks: Sequence[Ask], plan: Plan, loss: LossPart) -> list[_Taught]:
@@ -325,7 +152,7 @@ def make_micro(
         logits = torch.stack([logits for *_, logits, _ in mine]) if mine else None
         parts[term] = [Part(rows, asked, reference=None if term == "attention_balance" else logits)]
         if term in ("distillation", "mirror") and "states" in weights:
-            start = parse_cut(mine[0][0].cut).start if mine and loss.teacher == "cut" else 0
+            start = Cut.parse(mine[0][0].cut).start if mine and loss.teacher == "cut" else 0
             parts["states"].append(Part(rows, asked, reference=torch.stack([states[start:] for *_, states in mine], 1) if mine else None))
 
     with torch.no_grad(), evaluating(model), model.adapter_off():
@@ -451,7 +278,7 @@ def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers
     # Uncut, with both streams: to see whether the cut changes the answer.
     plain = [_Taught("", t.ask, t.ask, UNCUT) for t in wanted if t.ask.clip.condition == "factual"]
     jobs = {t.job: t for t in [*wanted, *plain]}
-    cuts: dict[str, tuple[Cut, ...]] = {t.cut: (parse_cut(t.cut),) if t.cut != UNCUT else () for t in jobs.values()}
+    cuts: dict[str, tuple[Cut, ...]] = {t.cut: (Cut.parse(t.cut),) if t.cut != UNCUT else () for t in jobs.values()}
     into_media = {text: tuple(c for c in cut if c.cuts_media) for text, cut in cuts.items()}  # those change the prefix, so they need one of their own
     views = {(job[0], into_media[job[2]]): t.view for job, t in jobs.items()}
     order = {key: i for i, key in enumerate(views)}
@@ -462,18 +289,21 @@ def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers
         which = [order[view, into_media[cut]] for view, _, cut in new]
         said = model.generate_ids(prefix, which, [question for _, question, _ in new], [cuts[cut] for *_, cut in new], loss.max_answer_tokens)
         answers.update(zip(new, said, strict=True))
-    uncut = {(given(t.ask), t.ask.question): answers[t.job] for t in plain}
-    kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or answers[t.job] == uncut[given(t.ask), t.ask.question]]
+    uncut = {(t.ask.given, t.ask.question): answers[t.job] for t in plain}
+    kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or answers[t.job] == uncut[t.ask.given, t.ask.question]]
     if not kept:
         return []
-    suffixes = [_own_answer(model, wanted[i].ask.question, answers[wanted[i].job], loss.max_answer_tokens) for i in kept]
-    which = [order[wanted[i].job[0], into_media[wanted[i].cut]] for i in kept]
-    out = model.extend(prefix, which, suffixes, [cuts[wanted[i].cut] for i in kept], hidden=True)
+    passes = {job: k for k, job in enumerate(dict.fromkeys(wanted[i].job for i in kept))}  # terms that want the same answer share its pass
+    suffixes = [_own_answer(model, question, answers[given, question, cut], loss.max_answer_tokens) for given, question, cut in passes]
+    which = [order[given, into_media[cut]] for given, _, cut in passes]
+    out = model.extend(prefix, which, suffixes, [cuts[cut] for *_, cut in passes], hidden=True)
     assert out.hidden is not None
     rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(out.logits.shape[1])).to(out.logits.device)
     states = torch.stack([h.gather(1, rows.clamp_max(h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[-1])) for h in out.hidden[1:]])
     sure = (out.logprobs().sum(1) / (out.targets != IGNORED).sum(1)).exp() >= loss.gate
-    return [(wanted[i], suffixes[k], out.logits[k], states[:, k]) for k, i in enumerate(kept) if bool(sure[k]) or wanted[i].term == "retention"]
+    return [
+        (t, suffixes[k], out.logits[k], states[:, k]) for t in (wanted[i] for i in kept) if bool(sure[k := passes[t.job]]) or t.term == "retention"
+    ]
 
 
 def _own_answer(model: AVLLM, question: str, ids: list[int], max_new_tokens: int) -> Suffix:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.findings import Findings
+from data.files import write_json
 from train.checkpoints import CheckpointError, step_of, whole_checkpoints
-from train.files import write_json
 
 
 @dataclass

@@ -28,11 +28,11 @@ from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data.files import fsync_folder, write_json
 from models import AVLLM
 from models.load import check_adapter_names
 from train.batches import Answers
 from train.ema import Ema
-from train.files import fsync_folder, write_json
 
 FORMAT = 1
 NAME = re.compile(r"^step_(\d{6,})$")

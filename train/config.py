@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -25,16 +24,16 @@ from typing import Any, Literal
 import tyro
 import yaml
 
-from analysis.diagnose import DiagnoseSettings
+from analysis.settings import DiagnoseSettings
 from data.build import DataConfig
-from train.files import write_text
+from data.files import write_text
+from models.attention import CUT_TEXT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "organism.yaml"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention")  # weights that the plan sets
 EXTRA_TERMS = ("hinge", "dpo", "invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance", "text_retention")
 TERMS = PLANNED_TERMS + EXTRA_TERMS
-CUT_PATTERN = re.compile(r"^(?P<site>(?:video|audio)->[a-z+]+) (?P<start>\d+):(?P<stop>\d+)$")
 
 
 class ConfigError(ValueError):
@@ -174,7 +173,7 @@ class LossPart:
                 raise ConfigError(f"loss.{name} is {getattr(self, name)}: it is a probability below 1.")
         for name in ("teacher_cut", "mirror_cut"):
             text = getattr(self, name)
-            if text is not None and not CUT_PATTERN.match(text):
+            if text is not None and not CUT_TEXT.match(text):
                 raise ConfigError(f'loss.{name} is {text!r}: write a cut as `site start:stop`, for instance "video->emitters 4:8".')
         if self.teacher_cut and not self.teacher_cut.startswith("video"):
             raise ConfigError(f"loss.teacher_cut is {self.teacher_cut!r}: on hear-questions it is the video that has to be cut off.")

@@ -43,9 +43,10 @@ from analysis.tables import comparison_tables
 from analysis.trajectory import headline
 from data.build import build
 from data.clips import Clips, DataError, load_clips
+from data.files import read_jsonl, write_json, write_text
 from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
-from train.batches import Answers, Group, loss_terms, make_micro, sample_step, share, training_clips
+from train.batches import Answers, loss_terms, make_micro
 from train.best import Best, choose_best, stop_reason
 from train.checkpoints import (
     CheckpointError,
@@ -60,9 +61,9 @@ from train.checkpoints import (
 from train.config import Config, ConfigError, SchedulePart, differences, load_yaml, parse
 from train.diagnoses import identity, shared
 from train.ema import Ema
-from train.files import read_jsonl, write_json, write_text
 from train.objective import total
 from train.plan import Plan, PlanError, make_plan, show
+from train.sampling import Group, sample_step, share, training_clips
 
 T = TypeVar("T")
 FALL = 0.3  # share of the steps in which a trapezoid falls

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.findings import CutEffect, Estimate, Findings
+from data.files import write_json
 from models import spread_ranks
 from models.attention import Cut
-from train.config import CUT_PATTERN, EXTRA_TERMS, PLANNED_TERMS, Config
-from train.files import write_json
+from train.config import EXTRA_TERMS, PLANNED_TERMS, Config
 
 MOST_COST = 0.10  # a teacher cut may cost this share of right answers on factual clips
 MOST_COST_NATS = 0.2  # or this many nats a label token, where only scores were measured
@@ -100,14 +100,6 @@ class Plan:
             return cls(**{name: Choice(**choice) for name, choice in raw.items()}, lora_targets=targets)
         except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan of this version ({error}). Delete it and it is made again from the findings.") from None
-
-
-def parse_cut(text: str) -> Cut:
-    """`video->emitters 4:8` as a Cut. Raises PlanError / CutError for a text or a site that is none."""
-    match = CUT_PATTERN.match(text)
-    if match is None:
-        raise PlanError(f"{text!r} is no cut: write `site start:stop`.")
-    return Cut.at(match["site"], int(match["start"]), int(match["stop"]))
 
 
 def make_plan(findings: Findings, config: Config) -> Plan:
@@ -227,7 +219,7 @@ def _cut_choice(findings: Findings, source: str, question: str, uncut: float, un
     found = _best_cut(findings, source, question, uncut, uncut_factual)
     if override is None:
         return found
-    cut = parse_cut(override)
+    cut = Cut.parse(override)
     if cut.stop > n_layers:
         raise PlanError(f"The cut {override!r} goes up to layer {cut.stop}, but {findings.model} has {n_layers} layers.")
     return Choice(override, f"Set in the configuration. From the findings: {found.value or 'none'}. {found.because}", overridden=True)
@@ -297,7 +289,7 @@ def _fusion_window(findings: Findings, teacher: Choice) -> Choice:
         )
     if teacher.value is None:
         return Choice(None, "No window was measured or none raises log p of the true sound, and there is no teacher cut to go by.")
-    cut = parse_cut(teacher.value)
+    cut = Cut.parse(teacher.value)
     why = "No window was measured" if not windows else f"None of {len(windows)} windows raises log p of the true sound on its own"
     return Choice([cut.start, cut.stop], f"{why}, so the layers of the teacher cut stand in.")
 
@@ -323,7 +315,7 @@ def _causal_layers(findings: Findings, fusion: Choice, teacher: Choice, n_layers
             f"Cutting video from question and emitters in all layers raises log p of the true sound by {effects[0]:.2f} nats a token; by the curve "
             f'"from layer k on" these {len(chosen)} of {n_layers} layers carry {_percent(share)} of it.',
         )
-    window = fusion.value or ([parse_cut(teacher.value).start, parse_cut(teacher.value).stop] if teacher.value else [0, n_layers])
+    window = fusion.value or ([Cut.parse(teacher.value).start, Cut.parse(teacher.value).stop] if teacher.value else [0, n_layers])
     return Choice(list(range(*window)), 'The curve "from layer k on" was not measured or does not rise, so the fusion window stands in.')
 
 

@@ -12,7 +12,6 @@ from analysis.fidelity import add_scores, agreement, fidelity_rows
 from analysis.findings import Caption, CaptionScore, Estimate, Findings
 from analysis.items import ItemStore
 from analysis.judges import JudgeError, LabelsJudge
-from analysis.knockout import cut_text
 from analysis.statistics import Intervals
 from analysis.visits import Visit
 from data.questions import MODALITIES, question
@@ -57,7 +56,7 @@ def test_every_clip_question_and_cut_has_one_caption(told):
 def test_answers_equal_greedy_decoding_without_a_cache(told, clips, model, cut, modality):
     tally, visits = told
     for clip in (visits[0].clips[0], visits[0].clips[3]):
-        (found,) = [c for c in tally.captions if (c.clip, c.cut, c.modality) == (clip.id, cut and cut_text(cut), modality)]
+        (found,) = [c for c in tally.captions if (c.clip, c.cut, c.modality) == (clip.id, cut and cut.text, modality)]
         assert found.answer == brute.greedy(model, clips, clip, modality, cut, tokens=24 if modality == "both" else 12)
 
 

@@ -179,3 +179,11 @@ def test_bad_cuts():
         Cut.at("video->nowhere", 0, 1)
     for site in SITES:
         assert Cut.at(site, 0, 1).site == site
+
+
+def test_a_cut_as_text():
+    cut = Cut.at("video->question+emitters", 2, 5)
+    assert cut.text == "video->question+emitters 2:5" and Cut.parse(cut.text) == cut
+    for text in ("video 2", "video->emitters", "video->nowhere 1:2", "video->emitters 3:3"):
+        with pytest.raises(CutError):
+            Cut.parse(text)

@@ -19,8 +19,9 @@ from data.sources import load_sources
 from models import load_model
 from models.tiny import build_tiny
 from tests.train.findings_by_hand import biased
-from train.config import Config, SchedulePart
+from train.config import Config, DataPart, SchedulePart
 from train.plan import make_plan
+from train.sampling import Ask, Group
 
 CLASSES = tuple(c.name for c in load_sources()[:6])
 BUILD = DataConfig(
@@ -103,3 +104,14 @@ def result(folder):
     after = json.loads((folder / "findings" / "after.json").read_text())
     after["adapter"] = None  # its path names the run folder
     return adapters, states, metrics, json.loads((folder / "best.json").read_text()), after, json.loads((folder / "plan.json").read_text())
+
+
+@pytest.fixture
+def factual_config(config):
+    """The same on factual clips only."""
+    return Config(data=DataPart(train_on="factual"), schedule=config.schedule)
+
+
+def plain(group: Group) -> list[Ask]:
+    """Its questions about whole clips, on one stream."""
+    return [a for a in group.asks if not a.bare and a.modality != "both"]

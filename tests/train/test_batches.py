@@ -1,137 +1,29 @@
-"""What a step trains on is a function of (seed, step), holds nothing that is held out, and its teacher is the frozen model under the cut."""
+"""Terms look at the right rows, equal separate passes, and the teacher is the frozen model under the cut."""
 
 import contextlib
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
 
-from data.clips import Clips, DataError
-from data.questions import MODALITIES, QUESTIONS
-from models import Kind
-from train.batches import Ask, Group, Micro, _own_answer, dosed, loss_terms, make_micro, sample_step, share, span_scores, training_clips
-from train.config import Config, DataPart, LossPart, SchedulePart
+from models import Cut, Kind
+from tests.train.conftest import plain
+from train.batches import Micro, _own_answer, loss_terms, make_micro, span_scores
+from train.config import DataPart, LossPart
 from train.objective import knockout_distillation
-from train.plan import Choice, parse_cut
-
-EMPTY = {"silence", "near_silence", "black", "near_black"}
-
-
-@pytest.fixture
-def factual_config(config):
-    return Config(data=DataPart(train_on="factual"), schedule=config.schedule)
-
-
-def test_a_step_depends_on_seed_and_step_only(clips, config, plan):
-    first = sample_step(clips, config, plan, 5)
-    sample_step(clips, config, plan, 6)
-    assert sample_step(clips, config, plan, 5) == first
-    assert sample_step(clips, config, plan, 6) != first
-    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
-    assert sample_step(clips, other, plan, 5) != first
-
-
-def plain(group: Group) -> list[Ask]:
-    """Its questions about whole clips, on one stream."""
-    return [a for a in group.asks if not a.bare and a.modality != "both"]
-
-
-def test_a_group_is_a_grid_with_its_questions_and_a_bare_clip(clips, config, plan):
-    for group in sample_step(clips, config, plan, 0):
-        cells = [ask.clip for ask in plain(group)[::2]]
-        # Four cells, one of them with a both-question, and a bare clip.
-        assert sorted(a.modality for a in group.asks) == ["both"] * 2 + ["hear"] * 5 + ["see"] * 5
-        assert [a.bare for a in group.asks] == [False] * 9 + [True] * 3
-        assert [c.condition for c in cells] == ["factual", "counterfactual", "counterfactual", "factual"]
-        oo, ox, xo, xx = cells
-        assert (ox.video_sha256, ox.audio_sha256) == (oo.video_sha256, xx.audio_sha256)
-        assert (xo.video_sha256, xo.audio_sha256) == (xx.video_sha256, oo.audio_sha256)
-
-
-def test_neighbours_of_a_cell_and_wrong_answers(clips, config, plan):
-    """What the other stream, or the grid's other clip, would have as the answer; and the cells that differ in one stream."""
-    for ask in (a for group in sample_step(clips, config, plan, 0) for a in plain(group)):
-        same, swapped = ("audio_sha256", "video_sha256") if ask.modality == "hear" else ("video_sha256", "audio_sha256")
-        assert getattr(ask.same, same) == getattr(ask.clip, same) and getattr(ask.same, swapped) != getattr(ask.clip, swapped)
-        assert getattr(ask.swapped, swapped) == getattr(ask.clip, swapped) and getattr(ask.swapped, same) != getattr(ask.clip, same)
-        assert ask.wrong == (ask.swapped.heard if ask.modality == "hear" else ask.swapped.seen) != ask.truth[1]
-        if ask.clip.condition == "counterfactual":  # the wrong answer is what the other stream suggests
-            by_class = clips.labels()
-            other = by_class[ask.clip.video_label if ask.modality == "hear" else ask.clip.audio_label]
-            assert ask.wrong == other[1 if ask.modality == "hear" else 0]
-
-
-def test_every_way_of_taking_a_stream_away_is_drawn_alike(clips, config, plan):
-    bare = [[a for a in group.asks if a.bare] for step in range(4) for group in sample_step(clips, config, plan, step)]
-    ways = Counter("no sound" if not b[0].audio else "no picture" if not b[0].video else b[0].clip.condition for b in bare)
-    assert ways == {"muted": 2, "blanked": 2, "no sound": 2, "no picture": 2}
-    for hear, see, both in bare:
-        silent = not hear.audio or hear.clip.condition == "muted"
-        assert hear.about_nothing == silent and see.about_nothing != silent and not both.about_nothing
-        assert (hear if silent else see).truth == (("I hear nothing." if silent else "I see nothing."), "nothing")
-        assert "nothing" in both.truth[0]
-
-
-def test_other_ways_to_draw(clips, config, plan):
-    def conditions(train_on, **loss):
-        settings = Config(data=DataPart(train_on=train_on), schedule=config.schedule, loss=LossPart(**loss))
-        return [a for step in range(20) for group in sample_step(clips, settings, plan, step) for a in plain(group)[::2]]
-
-    one = conditions("one_swap")
-    assert [a.clip.condition for a in one[:4]] == ["factual", "counterfactual"] * 2
-    assert all(a.clip.video_sha256 == b.clip.video_sha256 for a, b in zip(one[::2], one[1::2], strict=True))
-    shuffled = Counter(a.clip.condition for a in conditions("shuffled"))
-    assert min(shuffled.values()) > 0.3 * shuffled.total() and all(a.same is None for a in one)
-    dropped = Counter((a.video, a.audio) for a in conditions("factual", modality_dropout=0.5))
-    assert set(dropped) == {(True, True), (False, True), (True, False)} and 0.3 < dropped[True, True] / dropped.total() < 0.7
-
-
-def test_a_dose_is_part_of_a_larger_one(clips):
-    grids = [g for g in clips.grids if g.split == "train"]
-    half, quarter = dosed(grids, 0.5, 0), dosed(grids, 0.25, 0)
-    assert len(half) == round(len(grids) / 2) and {g.id for g in quarter} < {g.id for g in half} and dosed(grids, 1, 0) == grids
-
-
-def test_wordings_vary(clips, config, plan):
-    asked = Counter(a.question for step in range(20) for group in sample_step(clips, config, plan, step) for a in group.asks)
-    assert set(asked) == {wording for modality in MODALITIES for wording in QUESTIONS[modality]}
-
-
-def test_nothing_held_out_is_ever_drawn(clips, config, factual_config, plan):
-    held = {tuple(p) for part in ("selection", "test") for p in clips.manifest["pairs"][part]}
-    elsewhere = {r for c in clips.clips if c.split != "train" for r in (c.video_rendering, c.audio_rendering)}
-    for settings in (config, factual_config):
-        for step in range(50):
-            for ask in (a for group in sample_step(clips, settings, plan, step) for a in group.asks):
-                assert ask.clip.split == "train"
-                assert tuple(sorted((ask.clip.video_label, ask.clip.audio_label))) not in held
-                assert not {ask.clip.video_rendering, ask.clip.audio_rendering} & (elsewhere - EMPTY)
-
-
-def test_factual_training_sees_factual_clips_only(clips, factual_config, plan):
-    drawn = [a for step in range(20) for group in sample_step(clips, factual_config, plan, step) for a in group.asks]
-    assert {a.clip.condition for a in drawn if not a.bare} == {"factual"}
-    assert {c.condition for c in training_clips(clips, "factual")} == {"factual", "muted", "blanked"}
-
-
-def test_class_weights_steer_the_draw(clips, config, plan):
-    grids = [g for g in clips.grids if g.split == "train"]
-    favourite = clips.by_id()[grids[0].oo].heard
-    plan.class_weights = Choice({c[1]: 0.01 for c in clips.labels().values()} | {favourite: 2.0}, "")
-    drawn = Counter(a.clip.heard for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
-    assert drawn.most_common(1)[0][0] == favourite
-
-
-def test_shares_are_the_whole_in_order(clips, plan):
-    config = Config(schedule=SchedulePart(grids=4))
-    groups = sample_step(clips, config, plan, 0)
-    assert [group for rank in range(2) for part in range(2) for group in share(groups, rank, 2, part, 2)] == groups
-    with pytest.raises(DataError, match="use a multiple of 3"):
-        share(groups, 0, 3, 0, 1)
-
+from train.plan import Choice
+from train.sampling import sample_step, share
 
 LOSS = LossPart(max_answer_tokens=6)
+
+
+def tune(model):
+    """An adapter that has moved away from zero."""
+    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
 
 
 def terms_of(model, micro: Micro, plan):
@@ -185,11 +77,7 @@ def test_a_true_answer_that_the_teacher_gives_too_keeps_its_label(clips, config,
 
 def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
     """Every extra term from separate sequences, one a question, with the formulas written out."""
-    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
-    with torch.no_grad():
-        for name, parameter in model.trainable_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    tune(model)
     on = ("hinge", "dpo", "invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance")
     plan.extras, plan.causal_layers = Choice(dict.fromkeys(on, 1.0), ""), Choice([0, 2], "")
     groups, answers = sample_step(clips, config, plan, 0)[:1], {}
@@ -253,6 +141,36 @@ def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
     assert torch.isfinite(span_scores(model.forward(micro.batch), micro.batch)).all()
 
 
+def test_a_clip_with_and_without_its_sound_in_one_step(clips, config, plan, model):
+    """What the uncut model says of the whole clip, and of the clip without its sound, are two things: the cut is held against the first."""
+    [group] = sample_step(clips, config, plan, 0)[:1]
+    hear = next(a for a in plain(group) if a.modality == "hear" and a.clip.condition == "factual")
+    silent = dataclasses.replace(hear, modality="see", audio=False, bare=True)  # asked in the same words, so that only the streams tell them apart
+    answers = {
+        (hear.clip.id, hear.question, plan.teacher_cut.value): [5],
+        (hear.clip.id, hear.question, ""): [5],
+        (f"{hear.clip.id} without sound", hear.question, ""): [6],
+    }
+    for asks in ((hear, silent), (silent, hear)):
+        micro = make_micro(model, [dataclasses.replace(group, asks=asks)], clips.root, plan, LOSS, dict(answers))
+        assert len(micro.parts["distillation"][0].rows) == 1 and len(micro.parts["retention"][0].rows) == 1
+
+
+def test_terms_that_want_the_same_answer_share_its_pass(clips, config, plan, model, monkeypatch):
+    plan.extras, plan.causal_layers = Choice({"attention_balance": 1.0, "invariance": 1.0}, ""), Choice([1], "")
+    real, passed = type(model).extend, []
+
+    def counting(self, prefix, which, *rest, **how):
+        passed.append(len(which))
+        return real(self, prefix, which, *rest, **how)
+
+    monkeypatch.setattr(type(model), "extend", counting)
+    groups = sample_step(clips, config, plan, 0)[:1]
+    micro = make_micro(model, groups, clips.root, plan, LOSS, {})
+    taught = sum(len(micro.parts[term][0].rows) for term in ("distillation", "mirror", "retention"))
+    assert passed[-1] == taught and len(micro.parts["attention_balance"][0].rows) == len(micro.parts["distillation"][0].rows)
+
+
 def test_the_teacher_without_the_other_stream(clips, config, plan, model):
     groups, answers = sample_step(clips, config, plan, 0)[:1], {}
     micro = make_micro(model, groups, clips.root, plan, dataclasses.replace(LOSS, teacher="removed"), answers)
@@ -281,6 +199,8 @@ def test_the_gate_leaves_unsure_answers_out(clips, config, plan, model):
     gate = float(sure.sort().values[len(rows) // 2])
     gated = make_micro(model, groups, clips.root, plan, dataclasses.replace(LOSS, gate=gate), answers).parts["distillation"][0]
     assert len(gated.rows) == int((sure >= gate).sum()) < len(every.rows) and gated.asked == every.asked
+    strict = make_micro(model, groups, clips.root, plan, dataclasses.replace(LOSS, gate=0.999), answers).parts
+    assert not strict["distillation"][0].rows and len(strict["retention"][0].rows) == strict["retention"][0].asked
 
 
 def test_a_teacher_that_is_the_moving_average(clips, config, plan, model):
@@ -305,6 +225,8 @@ def test_a_teacher_that_is_the_moving_average(clips, config, plan, model):
     loss = dataclasses.replace(LOSS, teacher_weights="ema")
     own = make_micro(model, groups, clips.root, plan, loss, answers, average)
     assert answers == kept
+    # What is to stay as it was is the frozen model's all the same.
+    torch.testing.assert_close(own.parts["retention"][0].reference, frozen["retention"][0].reference)
     with average():
         again = make_micro(model, groups, clips.root, plan, loss, {}, contextlib.nullcontext)
     assert torch.equal(own.parts["mirror"][0].reference, again.parts["mirror"][0].reference)
@@ -330,24 +252,17 @@ def test_plain_text_is_kept(clips, config, plan, model, tmp_path):
     part = micro.parts["text_retention"][0]
     said = model.tokenizer.decode([t for t in micro.batch.targets[part.rows[0]].tolist() if t != -100])
     assert groups[0].texts[0].endswith(said.strip())
-    (tmp_path / "text.txt").write_text("\n")
-    with pytest.raises(DataError, match="has no text"):
-        sample_step(clips, config, plan, 0)
 
 
 def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, model):
     """Teacher logits equal a plain forward pass under the cut with the adapter off, whatever the adapter is; the student's do not."""
-    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
-    with torch.no_grad():
-        for name, parameter in model.trainable_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    tune(model)
     groups = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2)
     asks, answers = questions(groups), {}
     micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
     hear = [a for a in asks if a.modality == "hear" and taught(a, plan.teacher_cut.value, answers)]
     assert len(hear) < 4  # the random model answers otherwise under the cut in one factual cell at least, so that there is something to leave out
-    cut = (parse_cut(plan.teacher_cut.value),)
+    cut = (Cut.parse(plan.teacher_cut.value),)
     own = [model.sequence(model.media(a.clip, clips.root), a.question, "") for a in hear]
     own = [
         dataclasses.replace(s, suffix=_own_answer(model, a.question, answers[a.clip.id, a.question, plan.teacher_cut.value], 6))
@@ -374,11 +289,7 @@ def test_the_teacher_is_the_frozen_model_under_the_cut(clips, config, plan, mode
 
 def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config, plan, model):
     """Against a pass of its own for every answer, all layers, the cut written out; and the term by hand."""
-    model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
-    with torch.no_grad():
-        for name, parameter in model.trainable_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    tune(model)
     plan.teacher_cut, plan.mirror_cut = Choice("video->question+emitters 1:3", ""), Choice("audio->emitters 0:2", "")
     groups, answers = share(sample_step(clips, config, plan, 0), 0, 1, 0, 2), {}
     asks, micro = questions(groups), make_micro(model, groups, clips.root, plan, LOSS, answers)
@@ -386,7 +297,7 @@ def test_state_targets_are_those_of_the_frozen_model_under_the_cut(clips, config
     torch.testing.assert_close(logits, model.forward(micro.batch))
     wanted = torch.zeros(())
     for number, (modality, choice) in enumerate((("hear", plan.teacher_cut), ("see", plan.mirror_cut))):
-        cut, part = parse_cut(choice.value), micro.parts["states"][number]
+        cut, part = Cut.parse(choice.value), micro.parts["states"][number]
         kept = [a for a in asks if a.modality == modality and taught(a, choice.value, answers)]
         assert part.reference.shape[:2] == (3 - cut.start, len(kept))
         for n, ask in enumerate(kept):
@@ -460,9 +371,3 @@ def test_accumulation_and_shares_average_to_the_whole(clips, config, plan, model
 
     for whole, halves in zip(gradients(1), gradients(2), strict=True):
         torch.testing.assert_close(whole, halves, atol=1e-5, rtol=1e-4)
-
-
-def test_too_few_clips_are_refused(clips):
-    empty = Clips(clips.root, tuple(clips.select("test")), (), clips.manifest)
-    with pytest.raises(DataError, match="at least 4 are needed"):
-        training_clips(empty, "grids")

@@ -10,11 +10,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+from data.files import write_text
 from models import ModelError
 from tests.train.findings_by_hand import biased, following
 from train.best import Best, Rates, choose_best, stop_reason
 from train.checkpoints import CheckpointError, check, clear_leftovers, load_adapter, load_checkpoint, rotate, save_checkpoint, whole_checkpoints
-from train.files import write_text
 
 ANSWERS = {("clip", "What do you hear?", "video->emitters 1:3"): [3, 1, 2], ("clip", "What do you see?", ""): []}
 

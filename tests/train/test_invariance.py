@@ -5,9 +5,11 @@ All through the command line. The gradient of the first step is read from the op
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,11 @@ def test_zero2_trains_as_plain_resumes_and_keeps_no_frozen_weight(started):
     assert_same_metrics(folder, plain)
 
     saved = list((folder / "checkpoints" / "step_000003" / "state").rglob("*.pt"))
-    [weights] = [torch.load(p, weights_only=False) for p in saved if p.name.endswith("model_states.pt")]
-    assert len(weights["module"]) == len(expected) and all("lora_" in name for name in weights["module"])
-    assert not weights["frozen_param_fragments"]
+    [weights] = [p for p in saved if p.name.endswith("model_states.pt")]
+    with zipfile.ZipFile(weights) as archive:  # read for the names in it, not unpickled
+        [pickled] = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    names = set(re.findall(rb"[\w.]+\.weight", pickled))
+    assert len(names) == len(expected) and all(b"lora_" in name for name in names)
     numbers = sum(w.numel() for w in expected.values())
     assert sum(p.stat().st_size for p in saved) < 8 * 4 * numbers + 200_000  # weights, their float32 copy, two moments: nothing of the model's size
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tests.train.findings_by_hand import biased, cut, following, sample
 from train.config import Config, DataPart, LoRAPart, LossPart, SchedulePart
-from train.plan import Choice, Plan, PlanError, make_plan, parse_cut, show
+from train.plan import Plan, PlanError, make_plan, show
 
 
 def test_choices_by_hand():
@@ -213,8 +213,13 @@ def test_saved_loaded_and_shown(tmp_path):
         Plan.load(tmp_path / "plan.json")
 
 
-def test_parse_cut():
-    assert parse_cut("video->question+emitters 2:5").site == "video->question+emitters"
-    with pytest.raises(PlanError):
-        parse_cut("video 2")
-    assert Choice(1, "x").overridden is False
+def test_without_labels_all_classes_are_drawn_alike():
+    samples = [sample("a dog barking", "vision" if i < 6 else "audio", i) for i in range(8)] + [sample("rain", "audio", i) for i in range(8)]
+    assert make_plan(biased(samples=samples), Config(loss=LossPart(counterfactual_ce=0))).class_weights.value == {}
+    assert make_plan(biased(samples=samples), Config(loss=LossPart(counterfactual_ce=0, hinge=1.0))).class_weights.value
+
+
+def test_nothing_left_to_train_with_is_refused():
+    off = LossPart(distillation=0, mirror=0, retention=0, abstention=0)
+    with pytest.raises(PlanError, match="No term is left"):  # cross-entropy teaches nothing on factual clips
+        make_plan(biased(), Config(data=DataPart(train_on="factual"), loss=off))
