@@ -182,7 +182,8 @@ def make_micro(
 
 
 class _Pool:
-    """The student's sequences; one that several terms ask for is there once."""
+    """The student's sequences; one that several terms ask for is there once, as the first of them gave it: true answers, which know where their label
+    is, come before the teacher's own, which do not."""
 
     def __init__(self, model: AVLLM, root: Path):
         self.model, self.root = model, root
@@ -195,8 +196,6 @@ class _Pool:
         row = self._rows.setdefault(key, len(self.examples))
         if row == len(self.examples):
             self.examples.append(Example(self.model.media(ask.clip, self.root, ask.video, ask.audio), suffix))
-        elif suffix.span.any() and not suffix.span.all():  # the true answer knows where its label is, the teacher's own does not
-            self.examples[row] = replace(self.examples[row], suffix=suffix)
         return row
 
 
