@@ -5,7 +5,6 @@ All through the command line. The gradient of the first step is read from the op
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -115,11 +114,10 @@ def test_zero2_trains_as_plain_resumes_and_keeps_no_frozen_weight(started):
 
     saved = list((folder / "checkpoints" / "step_000003" / "state").rglob("*.pt"))
     [weights] = [p for p in saved if p.name.endswith("model_states.pt")]
-    with zipfile.ZipFile(weights) as archive:  # read for the names in it, not unpickled
-        [pickled] = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    names = set(re.findall(rb"[\w.]+\.weight", pickled))
-    assert len(names) == len(expected) and all(b"lora_" in name for name in names)
     numbers = sum(w.numel() for w in expected.values())
+    with zipfile.ZipFile(weights) as archive:  # tensors are entries below data/; nothing is unpickled
+        kept = sum(entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
+    assert kept == 4 * numbers  # the adapter in float32, and no frozen weight
     assert sum(p.stat().st_size for p in saved) < 8 * 4 * numbers + 200_000  # weights, their float32 copy, two moments: nothing of the model's size
 
     for name in ("step_000003", "../findings/step_000003.json", "../findings/after.json", "../best.json"):  # as if killed in the third step
