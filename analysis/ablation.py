@@ -29,7 +29,6 @@ from analysis.fidelity import caption_key
 from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
 from analysis.items import Key, unpacked
 from analysis.statistics import Dyads, Intervals, by_source, shortcut
-from analysis.trajectory import abstention
 
 
 class Shown(NamedTuple):
@@ -47,7 +46,10 @@ MEASURES = {
     "hear_factual": Shown("factual, hear", "right about the sound of factual clips"),
     "see_factual": Shown("factual, see", "right about the picture of factual clips"),
     "shortcut": Shown("Shortcut Index", "on hear-questions, 0 is ideal", rate=False, better=-1),
-    "abstains": Shown("abstains, muted", "says that there is nothing to hear where there is no sound"),
+    "abstains": Shown(
+        "abstains", "says “nothing”, the lowest of muted and near-silent (asked what it hears), blanked and near-black clips (what it sees)"
+    ),
+    "false_abstention": Shown("false abstention", "says “nothing” though there is a sound, asked what it hears on conflicts", better=-1),
     "caption_sound": Shown("captions, sound", "sound side of captions of conflicts, asked about both"),
     "caption_picture": Shown("captions, picture", "picture side of the same captions"),
     "factual": Shown("factual", "the lower of the two factual rates"),
@@ -156,12 +158,15 @@ def compare_arms(
     measures = {name: m for name in MEASURES if (m := _measure(name, untrained, None, None)) is not None}
     result.before = Row("before", "the model before training", {}, [], measures)
     standard = [run.after for run in there.get(reference, ())]
+    seeds = [run.seed for run in there.get(reference, ())]
     if not standard:
         result.left_out.append(f"No run of the reference arm {reference} is there, so arms are not compared with it.")
     for name, done in there.items():
         after = [run.after for run in done]
         if reasons := [r for run in done for r in (*differences(first.before, run.before), *differences(first.before, run.after))]:
             result.left_out.append(f"{name} was not measured like the first arm ({reasons[0]}), so it is not compared with others.")
+        if standard and (mine := [run.seed for run in done]) != seeds:
+            result.left_out.append(f"{name} has seeds {_listed(mine)}, {reference} {_listed(seeds)}: they are compared all the same.")
         against = standard if standard and name != reference and not reasons else None
         begun = [done[0].before] if not differences(done[0].before, done[0].after) else None
         row = Row(name, arms[name][0], arms[name][1], [run.seed for run in done], {})
@@ -173,6 +178,10 @@ def compare_arms(
             result.left_out.append(f"{name}: seeds train different numbers of parameters; shown is that of seed {done[0].seed}.")
         result.arms.append(row)
     return result
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 # ---------------------------------------------------------------- one measure
@@ -263,7 +272,7 @@ def _intervals(blocks: list[_Block]) -> Intervals | None:
 def _blocks(name: str, runs: list[Findings]) -> list[_Block] | None:
     """The values that a measure is made of, on the items that all runs share. None where a run has none."""
     wanted = [_keys(name, findings) for findings in runs]
-    if any(not keys for keys in wanted):
+    if not wanted[0] or len({len(keys) for keys in wanted}) > 1:
         return None
     blocks = []
     for part in range(len(wanted[0])):
@@ -313,8 +322,11 @@ def _keys(name: str, findings: Findings) -> list[list[Key]]:
         case "shortcut":
             return [[Key("reliance", None, "hear", "", f"effect_{stream}") for stream in ("video", "audio")]]
         case "abstains":
-            row = abstention(findings)
-            return [[Key("following", row.condition, row.question, "", "nothing")]] if row else []
+            empty = (("muted", "hear"), ("near_silent", "hear"), ("blanked", "see"), ("near_black", "see"))
+            keys = [Key("following", condition, question, "", "nothing") for condition, question in empty]
+            return [[key] for key in keys if _kept(findings, [key]) is not None]
+        case "false_abstention":
+            return [[Key("following", "counterfactual", "hear", "", "nothing")]]
         case "caption_sound" | "caption_picture":
             judge = next((c.judge for c in findings.fidelity if (c.condition, c.question, c.cut) == ("counterfactual", "both", None)), None)
             side = "audio" if name == "caption_sound" else "video"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from analysis.findings import Estimate, Findings, Following
+from analysis.findings import Estimate, Findings
 
 MUTED = ("muted", "near_silent", "video_only")  # conditions in which there is nothing to hear
 BLANKED = ("blanked", "near_black", "audio_only")  # and nothing to see
@@ -68,12 +68,6 @@ def headline(findings: Findings) -> dict[str, Estimate]:
         found[f"knockout/{question}/named"] = _largest(getattr(c, measure) for c in cuts)
         found[f"knockout/{question}/logprob"] = _largest(c.delta_logprob for c in cuts)
     return {name: e for name, e in found.items() if e is not None and e.value is not None}
-
-
-def abstention(findings: Findings, question: str = "hear") -> Following | None:
-    """The row that shows whether a model abstains: asked what it hears of muted clips, or what it sees of blanked ones. None without such a row."""
-    rows = (findings.following_rate(condition, question) for condition in (MUTED if question == "hear" else BLANKED))
-    return next((row for row in rows if row is not None), None)
 
 
 def panel(name: str) -> Panel:

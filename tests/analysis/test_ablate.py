@@ -17,7 +17,7 @@ import yaml
 import analysis.ablate
 from analysis.__main__ import main
 from analysis.ablate import AblateError, flat, is_done, load_set, nested, plan_jobs, run_jobs
-from analysis.ablation import Ablation, Run, compare_arms
+from analysis.ablation import MEASURES, Ablation, Run, compare_arms
 from analysis.ablation_report import ablation_tables, charts, markdown, write_page
 from analysis.findings import CaptionFidelity, Estimate, Findings
 from analysis.items import ItemStore, Key
@@ -32,7 +32,7 @@ NAMES = ["c0", "c1", "c2", "c3"]
 ALL, NONE = "1111", "0000"
 
 
-def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, picture=None, captions=None, names=NAMES, **changes):
+def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, picture=None, captions=None, names=NAMES, nothing=None, **changes):
     """Findings that keep these answers ("1": right) of four conflicts and four factual clips; each clip has sources of its own."""
     store = ItemStore()
     for condition, answers in (("counterfactual", {"hear": hear, "see": see}), ("factual", {"hear": hear_factual, "see": see_factual})):
@@ -40,6 +40,10 @@ def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, pict
         for question, right in answers.items():
             group = store.of(ids, ([f"picture of {i}" for i in ids], [f"recording of {i}" for i in ids]))
             group.keep(Key("following", condition, question, "", "correct"), [int(r) for r in right])
+    for (condition, question), said in (nothing or {}).items():
+        ids = [f"{condition} {name}" for name in names]
+        group = store.of(ids, ([f"picture of {i}" for i in ids], [f"recording of {i}" for i in ids]))
+        group.keep(Key("following", condition, question, "", "nothing"), [int(s) for s in said])
     if sound:
         grids = store.of(["g0", "g1", "g2"], Dyads(["a", "c", "e"], ["b", "d", "f"]))
         for measure, values in (("effect_audio", sound), ("effect_video", picture)):
@@ -107,11 +111,27 @@ def test_shortcut_index_and_captions():
     assert "abstains" not in result.arms[0].measures and "caption_picture" not in result.arms[0].measures
 
 
+def test_abstention_is_the_lowest_over_kinds_of_emptiness():
+    """All four muted, three near-silent, two blanked, all near-black: ½. False abstention counts on conflicts, and there less is better."""
+    said = {("muted", "hear"): ALL, ("near_silent", "hear"): "1110", ("blanked", "see"): "1100", ("near_black", "see"): ALL}
+    said |= {("counterfactual", "hear"): "1000", ("counterfactual", "see"): ALL}
+    nobody = {key: NONE for key in said}
+    after, before = found(nothing=said), found(hear=NONE, nothing=nobody)
+    row = compared(plan=[run(after, before=before)]).arms[0]
+    assert row.measures["abstains"].estimate.value == 0.5 and row.measures["abstains"].gain.value == 0.5
+    assert row.measures["false_abstention"].estimate.value == 0.25
+    assert MEASURES["false_abstention"].better == -1
+    fewer = compared(plan=[run(after, before=before), run(found(nothing={("muted", "hear"): ALL}), 1)]).arms[0]
+    assert "abstains" not in fewer.measures  # one seed has not measured all kinds
+
+
 def test_what_cannot_be_compared_is_said():
     elsewhere = run(found("1111", data_hash="other clips"))
     result = compared(plan=[run(found("0101"))], other=[elsewhere])
     assert result.arms[1].measures["hear_conflicts"].difference is None and result.arms[1].measures["hear_conflicts"].gain is None
     assert "other was not measured like the first arm (data_hash" in result.left_out[0]
+    unlike = compared(plan=[run(found(), 0), run(found(), 1)], other=[run(found(), 0)])
+    assert unlike.left_out == ["other has seeds 0, plan 0, 1: they are compared all the same."]
     result = compare_arms("t", "", "plan", {"plan": ("", {}), "other": ("", {})}, {"other": [run(found())]})
     assert [row.arm for row in result.arms] == ["other"] and "No run of the reference arm plan" in result.left_out[0]
 
