@@ -21,10 +21,10 @@ def test_choices_by_hand():
     assert plan.causal_layers.value == [1, 2, 3, 4]  # no curve of question+emitters was measured: the fusion window
     assert (plan.lora_layers.value, plan.lora_ranks.value) == ([0, 1, 2, 3, 4], [8] * 5)  # and those below them
     assert plan.lora_projections.value == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 1, since 2 * 0.3 / 1.1 is less; 1100 * 1.1 = 1210 grids, 4 a step -> 310 steps
-    assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 1.0, "states": 10.0, "retention": 0.2, "abstention": 1.0}
+    # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 1, since 2 * 0.3 / 1.1 is less; 1400 * 1.1 = 1540 grids, 4 a step -> 390 steps
+    assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 1.0, "states": 10.0, "retention": 0.2, "abstention": 0.2}
     assert (plan.conditions.value, plan.stop.value) == ({"both": 1, "bare": 1}, 2)
-    assert plan.steps.value == 310
+    assert plan.steps.value == 390
     assert not any(getattr(plan, f.name).overridden for f in dataclasses.fields(plan) if f.name != "lora_targets")
 
 
@@ -45,7 +45,7 @@ def test_every_choice_can_be_overridden():
         schedule=SchedulePart(steps=5),
     )
     plan = make_plan(biased(), config)
-    assert plan.weights() == {"distillation": 0.3, "states": 10.0, "retention": 2.0, "abstention": 1.0}
+    assert plan.weights() == {"distillation": 0.3, "states": 10.0, "retention": 2.0, "abstention": 0.2}
     assert plan.conditions.value == {"both": 0, "bare": 1}  # no labels, no both-questions
     assert (plan.teacher_cut.value, plan.mirror_cut.value, plan.steps.value) == ("video->question 1:2", "audio->video 0:1", 5)
     assert (plan.lora_layers.value, plan.lora_projections.value) == ([0, 2], ["v_proj"])
@@ -99,9 +99,9 @@ def test_abstention_by_what_was_measured():
     findings = biased()
     findings.following += [said("muted", "hear", 0.0), said("blanked", "see", 1.0)]
     plan = make_plan(findings, Config())
-    assert plan.abstention.value == 1.0 and "0.0 % of muted ones, 100.0 % of blanked ones" in plan.abstention.because
+    assert plan.abstention.value == 0.2 and "0.0 % of muted ones, 100.0 % of blanked ones" in plan.abstention.because
     findings.following[-2] = said("muted", "hear", 0.99)
-    assert make_plan(findings, Config()).abstention.value == 0.2
+    assert make_plan(findings, Config()).abstention.value == 0.1
     off = make_plan(findings, Config(loss=LossPart(abstention=0)))
     assert off.conditions.value == {"both": 1, "bare": 0} and "abstention" not in off.weights()
 
