@@ -23,7 +23,7 @@ from data.questions import answer
 from models import AVLLM, Cut, Kind, Media
 from models.avllm import Batch, Decoded, Example, Suffix, answer_logprobs
 from train import objective
-from train.config import LossPart
+from train.config import COMPARED, LossPart
 from train.objective import IGNORED
 from train.plan import Plan
 from train.sampling import Ask, Group
@@ -86,7 +86,7 @@ def _to_teach(asks: Sequence[Ask], plan: Plan, loss: LossPart) -> list[_Taught]:
             view, cut = replace(ask, video=not hear, audio=hear), UNCUT
         terms = ("distillation", "attention_balance") if hear else ("mirror",)
         taught += [_Taught(term, ask, view, cut) for term in terms if term in weights]
-        if ask.same is not None and ("invariance" in weights or "sensitivity" in weights):
+        if ask.same is not None and any(term in weights for term in COMPARED):
             taught.append(_Taught("compared", ask, view, cut))
         if not hear and ask.clip.condition == "factual" and "retention" in weights:
             taught.append(_Taught("retention", ask, ask, UNCUT))
@@ -144,7 +144,7 @@ def make_micro(
         asked = sum(t.term == term for t in taught)
         rows = [pool.add(t.ask, suffix) for t, suffix, *_ in mine]
         if term == "compared":
-            for name, cell in (("invariance", "same"), ("sensitivity", "swapped")):
+            for name, cell in zip(COMPARED, ("same", "same", "swapped"), strict=True):
                 if name in weights:
                     other = [pool.add(replace(t.ask, clip=getattr(t.ask, cell)), suffix) for t, suffix, *_ in mine]
                     parts[name] = [Part(rows, asked, other)]
@@ -226,10 +226,9 @@ def _value(term: str, part: Part, logits: Tensor, out: Decoded, micro: Micro, mo
     if term == "base_divergence":
         assert reference is not None
         return objective.base_divergence(span_scores(logits, micro.batch)[rows], reference)
-    if term in ("invariance", "sensitivity"):
-        mask = targets[rows] != IGNORED
-        compare = objective.invariance if term == "invariance" else objective.sensitivity
-        return compare(logits[rows], logits[part.against], mask)
+    if term in COMPARED:
+        compare = {"invariance": objective.invariance, "logprob_invariance": objective.logprob_invariance, "sensitivity": objective.sensitivity}[term]
+        return compare(logits[rows], logits[part.against], targets[rows] != IGNORED)
     if term == "latent_readout":
         assert out.states is not None
         asked, layers = micro.batch.asked[rows], plan.causal_layers.value

@@ -32,8 +32,19 @@ from models.attention import CUT_TEXT
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "organism.yaml"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention")  # weights that the plan sets
-EXTRA_TERMS = ("hinge", "dpo", "invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance", "text_retention")
+EXTRA_TERMS = (
+    "hinge",
+    "dpo",
+    "invariance",
+    "logprob_invariance",
+    "sensitivity",
+    "base_divergence",
+    "latent_readout",
+    "attention_balance",
+    "text_retention",
+)
 TERMS = PLANNED_TERMS + EXTRA_TERMS
+COMPARED = ("invariance", "logprob_invariance", "sensitivity")  # terms that compare an answer in two cells of a grid
 
 
 class ConfigError(ValueError):
@@ -134,6 +145,8 @@ class LossPart:
     """Swap preference on conflicts: the designated answer is preferred to the other stream's. Needs labels."""
     invariance: float = 0.0
     """An answer stays what it is when the stream not asked about is swapped. Needs grids, no labels."""
+    logprob_invariance: float = 0.0
+    """The same in squared log-probabilities of all words, so that it also holds for what is not said. Needs grids, no labels."""
     sensitivity: float = 0.0
     """An answer changes, by a bounded amount, when the stream asked about is swapped. Needs grids, no labels."""
     base_divergence: float = 0.0
@@ -299,7 +312,7 @@ class Config:
             raise ConfigError("loss.text_retention needs plain text: name a file with data.text.")
         if self.loss.attention_balance and self.schedule.gradient_checkpointing:
             raise ConfigError("loss.attention_balance reads attention during the forward pass: switch schedule.gradient_checkpointing off.")
-        compared = [name for name in ("hinge", "dpo", "invariance", "sensitivity") if getattr(self.loss, name)]
+        compared = [name for name in ("hinge", "dpo", *COMPARED) if getattr(self.loss, name)]
         if self.data.train_on != "grids" and compared:
             raise ConfigError(f"loss.{compared[0]} compares cells of a grid: data.train_on has to be grids, not {self.data.train_on}.")
 

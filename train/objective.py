@@ -102,6 +102,17 @@ def invariance(here: Tensor, swapped: Tensor, mask: Tensor) -> Tensor:
     return knockout_distillation(here, swapped, mask)
 
 
+def logprob_invariance(here: Tensor, swapped: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability invariance: mean over answers of (1/|ŷ|) Σ_t (1/|V|) Σ_w (log p(w| ŷ_<t, swapped) − sg log p(w| ŷ_<t, cell))².
+
+    KL weighs each word by its probability, so a label that the picture suggests and that is no longer said hardly counts, though how unlikely it
+    is still follows the picture; that is what E_V and the Shortcut Index measure. Here all words count alike. Defined by this project. Shapes and
+    cost as in `invariance`.
+    """
+    teacher, student = functional.log_softmax(here.detach(), dim=-1), functional.log_softmax(swapped, dim=-1)
+    return mean_over_answers((student - teacher).square().mean(-1), mask)
+
+
 def sensitivity(here: Tensor, swapped: Tensor, mask: Tensor, bound: float = 1.0) -> Tensor:
     """Bounded sensitivity: mean over answers of max(0, κ − (1/|ŷ|) Σ_t KL( sg p(·| ŷ_<t, cell) ‖ p(·| ŷ_<t, swapped) )).
 

@@ -362,7 +362,9 @@ def _abstention(findings: Findings) -> Choice:
         if row is not None and row.correct.value is not None:
             rates[condition] = row.correct.value
     if not rates:
-        return Choice(ABSTENTION_WEIGHT, "Whether it says so when nothing is heard or seen was not measured (no muted or blanked clips), so it is trained.")
+        return Choice(
+            ABSTENTION_WEIGHT, "Whether it says so when nothing is heard or seen was not measured (no muted or blanked clips), so it is trained."
+        )
     told = ", ".join(f"{_percent(rate)} of {condition.replace('_', '-')} ones" for condition, rate in rates.items())
     weight = ABSTENTION_WEIGHT if min(rates.values()) < NOTHING_ENOUGH else ABSTENTION_WEIGHT / 2
     return Choice(weight, f"That nothing is heard or seen is said about {told}. Easily learnt, and a large weight takes the gradient from the rest.")

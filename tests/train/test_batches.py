@@ -78,7 +78,7 @@ def test_a_true_answer_that_the_teacher_gives_too_keeps_its_label(clips, config,
 def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
     """Every extra term from separate sequences, one a question, with the formulas written out."""
     tune(model)
-    on = ("hinge", "dpo", "invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance")
+    on = ("hinge", "dpo", "invariance", "logprob_invariance", "sensitivity", "base_divergence", "latent_readout", "attention_balance")
     plan.extras, plan.causal_layers = Choice(dict.fromkeys(on, 1.0), ""), Choice([0, 2], "")
     groups, answers = sample_step(clips, config, plan, 0)[:1], {}
     micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
@@ -113,10 +113,11 @@ def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
         if taught(ask, cut, answers):
             own = _own_answer(model, ask.question, answers[ask.clip.id, ask.question, cut], 6)
             here = alone(ask, own)[0]
-            for term, cell in (("invariance", ask.same), ("sensitivity", ask.swapped)):
+            for term, cell in (("invariance", ask.same), ("logprob_invariance", ask.same), ("sensitivity", ask.swapped)):
                 other = alone(dataclasses.replace(ask, clip=cell), own)[0]
                 divergence = float((here.exp() * (here - other)).sum(-1).mean())
-                wanted[term] += (divergence if term == "invariance" else max(0.0, 1 - divergence)) / 8
+                squared = float((here - other).square().mean())
+                wanted[term] += {"invariance": divergence, "logprob_invariance": squared, "sensitivity": max(0.0, 1 - divergence)}[term] / 8
             if ask.modality == "hear":
                 mass = alone(ask, own)[2].mass[:, 0]
                 wanted["attention_balance"] += (

@@ -13,6 +13,7 @@ from train.objective import (
     invariance,
     knockout_distillation,
     latent_readout,
+    logprob_invariance,
     mean_over_answers,
     retention,
     sensitivity,
@@ -157,6 +158,17 @@ def test_invariance_by_hand_teaches_the_swapped_cell_only():
     assert here.grad is None and swapped.grad.abs().sum() > 0
 
 
+def test_logprob_invariance_by_hand_counts_words_that_are_not_said():
+    """log p falls by ln 1.5 for the first word and rises by ln 2 for the second. A word of 1 % in place of 0.1 % is hardly anything to KL."""
+    here, swapped = logits_of([0.75, 0.25])[None].requires_grad_(), logits_of([0.5, 0.5])[None].requires_grad_()
+    value = logprob_invariance(here, swapped, torch.tensor([[True]]))
+    assert value.item() == pytest.approx((math.log(1.5) ** 2 + math.log(2) ** 2) / 2)
+    value.backward()
+    assert here.grad is None and swapped.grad.abs().sum() > 0
+    rare, rarer = logits_of([0.99, 0.01])[None], logits_of([0.999, 0.001])[None]
+    assert invariance(rare, rarer, torch.tensor([[True]])).item() < 0.02 < 2 < logprob_invariance(rare, rarer, torch.tensor([[True]])).item()
+
+
 def test_sensitivity_by_hand_is_bounded():
     """Two answers: the first diverges by 0.13 nats (0.87 short of 1), the second by 1.76, which is enough."""
     here = torch.stack([logits_of([0.75, 0.25]), logits_of([0.9, 0.1])])
@@ -200,6 +212,7 @@ def test_attention_balance_by_hand():
         lambda x: grid_hinge(x[:, 0], x[:, 1]),
         lambda x: swap_preference(x[:, 0], x[:, 1], torch.zeros(3), torch.ones(3)),
         lambda x: invariance(torch.ones(3, 1, 4).double(), x[:, None], torch.ones(3, 1, dtype=torch.bool)),
+        lambda x: logprob_invariance(torch.ones(3, 1, 4).double(), x[:, None], torch.ones(3, 1, dtype=torch.bool)),
         lambda x: sensitivity(torch.arange(12).reshape(3, 1, 4).double() / 9, x[:, None], torch.ones(3, 1, dtype=torch.bool)),
         lambda x: base_divergence(x[:, 0], -torch.ones(3).double() * 3),
         lambda x: latent_readout(x[None, :, None], torch.ones(3, 1, dtype=torch.bool), torch.tensor([[0, 2], [1, -100], [3, 3]])),
