@@ -21,7 +21,8 @@ A set is a YAML file:
     ablation.json, ablation.md, ablation.html                               the result (analysis/ablation.py)
 
 An arm is known by its settings: the same one in two sets, or in a later call, is the same run. A run with findings after training is done and is not
-started again; any other goes on where it was. A run that fails is reported with the end of its log, and the others go on.
+started again, even when the code has changed since (the result then says which runs are of other code; delete them); any other goes on where it was.
+A run that fails is reported with the end of its log, and the others go on.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from analysis.findings import Findings, FindingsError
 from analysis.settings import SettingsError
 from data.files import write_text
 
-OURS = ("run.folder", "run.seed", "run.diagnoses")  # settings that `ablate` makes
-FREE = (*OURS, "run.overwrite", "run.threads", "run.tracker", "run.keep")  # settings that do not make another run
+OURS = ("run.folder", "run.seed", "run.diagnoses", "run.overwrite")  # settings that `ablate` makes, or that would undo what is done
+FREE = (*OURS, "run.threads", "run.tracker", "run.keep")  # settings that do not make another run; nor do batch sizes of diagnoses
 UNTRAINED = ("plan", "before", "selection")  # findings of the untrained model
 PATIENCE = 20.0  # seconds that a run has to end by itself when it is told to
 
@@ -71,7 +72,7 @@ class Arm:
     @property
     def key(self) -> str:
         """The same for the same settings."""
-        made = {key: value for key, value in sorted(self.settings.items()) if key not in FREE}
+        made = {key: value for key, value in sorted(self.settings.items()) if key not in FREE and not key.endswith(".batch")}
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -7,14 +7,16 @@
 Numbers are of the test split. Each arm has a run a seed; an arm's number is the mean over its seeds, `spread` the standard deviation over seeds.
 Differences are paired: per clip the mean over the arm's seeds less the mean over the reference's seeds. Their intervals count on clips of one
 picture or recording being alike (analysis/statistics.py). So an interval says how far other *clips* could move a number, with the models of these
-seeds as they are; how far another *seed* could move it is what the spread says. The Shortcut Index and the worst-of are no plain means: their
-intervals are by the delta method, the worst-of with the rate that is the lowest in each run.
+seeds as they are; how far another *seed* could move it is what the spread says. The Shortcut Index and the lowest-of (worst-of, factual,
+abstains) are no plain means: their intervals are by the delta method, a lowest-of with the rate that is the lowest in each run; where that is 0 or 1
+throughout, the interval is that rate's own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +34,11 @@ from analysis.statistics import Dyads, Intervals, by_source, shortcut
 
 
 class Shown(NamedTuple):
-    """How a measure is shown. `better`: 1 where more is better, -1 where less is."""
+    """How a measure is shown."""
 
     title: str
     note: str
     rate: bool = True
-    better: int = 1
 
 
 MEASURES = {
@@ -45,11 +46,11 @@ MEASURES = {
     "see_conflicts": Shown("see-accuracy", "names the picture alone, asked what it sees on conflicts"),
     "hear_factual": Shown("factual, hear", "right about the sound of factual clips"),
     "see_factual": Shown("factual, see", "right about the picture of factual clips"),
-    "shortcut": Shown("Shortcut Index", "on hear-questions, 0 is ideal", rate=False, better=-1),
+    "shortcut": Shown("Shortcut Index", "on hear-questions, 0 is ideal", rate=False),
     "abstains": Shown(
         "abstains", "says “nothing”, the lowest of muted and near-silent (asked what it hears), blanked and near-black clips (what it sees)"
     ),
-    "false_abstention": Shown("false abstention", "says “nothing” though there is a sound, asked what it hears on conflicts", better=-1),
+    "false_abstention": Shown("false abstention", "says “nothing” though there is a sound, asked what it hears on conflicts"),
     "caption_sound": Shown("captions, sound", "sound side of captions of conflicts, asked about both"),
     "caption_picture": Shown("captions, picture", "picture side of the same captions"),
     "factual": Shown("factual", "the lower of the two factual rates"),
@@ -123,6 +124,7 @@ class Run:
     minutes: float | None
     parameters: int | None
     checkpoint: str
+    code: tuple[str, ...] = ()  # versions of the code that worked on it
 
 
 def read_run(folder: str | os.PathLike, seed: int) -> Run:
@@ -137,7 +139,8 @@ def read_run(folder: str | os.PathLike, seed: int) -> Run:
     if checkpoint and weights.is_file():
         with safe_open(weights, "np") as file:
             parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    return Run(seed, str(folder), before, after, sum(seconds) / 60 if seconds else None, parameters, checkpoint)
+    code = tuple(line.strip() for line in _lines(folder / "code.txt"))
+    return Run(seed, str(folder), before, after, sum(seconds) / 60 if seconds else None, parameters, checkpoint, code)
 
 
 def _lines(path: Path) -> list[str]:
@@ -157,6 +160,11 @@ def compare_arms(
     untrained = [first.before]
     measures = {name: m for name in MEASURES if (m := _measure(name, untrained, None, None)) is not None}
     result.before = Row("before", "the model before training", {}, [], measures)
+    by_code = Counter(code for done in there.values() for run in done for code in set(run.code))
+    if len(by_code) > 1:
+        usual = by_code.most_common(1)[0][0]
+        odd = [f"{name} seed {run.seed}" for name, done in there.items() for run in done if set(run.code) != {usual}]
+        result.left_out.append(f"Not all runs were made by the same code; other than most: {', '.join(odd)}. Delete them and they are run again.")
     standard = [run.after for run in there.get(reference, ())]
     seeds = [run.seed for run in there.get(reference, ())]
     if not standard:
@@ -220,6 +228,9 @@ def _estimate(name: str, blocks: list[_Block], seeds: list[float]) -> Estimate:
     if name == "shortcut" and len(seeds) == 1:
         return intervals.ratio(*blocks[0].values[0])
     influence = np.mean([_influence(name, blocks, k) for k in range(len(seeds))], axis=0)
+    if name != "shortcut" and not influence.any():  # the lowest rates are all 0 or 1, and no surer than one alone
+        block = _lowest(name, blocks)
+        return _alone(block).rates(np.full((len(block.ids), 1), float(np.mean(seeds))))[0]
     effect = intervals.effects_of(float(np.mean(seeds)), influence[:, None], of_rates=name != "shortcut")[0]
     low, high = (None if bound is None else min(max(bound, 0.0), 1.0) for bound in (effect.low, effect.high))
     return Estimate(effect.value, low, high, effect.n, effect.clusters)
@@ -240,6 +251,9 @@ def _difference(name: str, runs: list[Findings], others: list[Findings] | None) 
     if intervals is None:
         return Effect(value, None, None, sum(len(b.ids) for b in blocks), 0)
     influence = sum(weights[k] * _influence(name, blocks, k) for k in range(total))
+    if name != "shortcut" and not np.any(influence):
+        block = _lowest(name, blocks)
+        return _alone(block).effects_of(value, np.zeros((len(block.ids), 1)), of_rates=True)[0]
     return intervals.effects_of(value, np.asarray(influence)[:, None], of_rates=name != "shortcut")[0]
 
 
@@ -251,6 +265,22 @@ def _read(name: str, values: list[NDArray]) -> tuple[float | None, list[NDArray]
     means = [float(block[0].mean()) for block in values]
     at = int(np.argmin(means))
     return means[at], [block[0] - means[k] if k == at else np.zeros(block.shape[1]) for k, block in enumerate(values)]
+
+
+def _lowest(name: str, blocks: list[_Block]) -> _Block:
+    """The block that a number is read from in some run; of several the one with the fewest items."""
+    found = []
+    for run in range(len(blocks[0].values)):
+        value, _ = _read(name, [block.values[run] for block in blocks])
+        found += [block for block in blocks if float(block.values[run][0].mean()) == value]
+    return min(found, key=lambda block: len(block.ids))
+
+
+def _alone(block: _Block) -> Intervals:
+    """The clusters of one block."""
+    intervals = _intervals([block])
+    assert intervals is not None
+    return intervals
 
 
 def _influence(name: str, blocks: list[_Block], run: int) -> NDArray:

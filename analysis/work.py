@@ -115,10 +115,10 @@ def weights_hash(model: AVLLM) -> str:
     return digest.hexdigest()
 
 
-def code_hash() -> str:
-    """sha256 of the sources that measure."""
+def code_hash(*packages: str) -> str:
+    """sha256 of the sources of these packages; without any named, of those that measure."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(p for package in ("data", "models", "analysis") for p in (root / package).glob("*.py")):
+    for path in sorted(p for package in packages or ("data", "models", "analysis") for p in (root / package).glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

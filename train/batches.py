@@ -53,6 +53,7 @@ class Micro:
 Average = Callable[[], AbstractContextManager[None]]
 Answers = dict[tuple[str, str, str], list[int]]  # (what the model is given, question, cut or UNCUT) -> its greedy answer, token ids
 UNCUT = ""
+ANCHORED = ("retention", "abstention")  # terms that keep what the model said before training, whoever else teaches
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def _to_teach(asks: Sequence[Ask], plan: Plan, loss: LossPart) -> list[_Taught]:
     """Which questions the frozen model answers, and for which term."""
     weights, taught = plan.weights(), list[_Taught]()
     for ask in asks:
-        if ask.bare and ask.modality != "both" and not ask.about_nothing and "retention" in weights:
+        if ask.bare and ask.modality != "both" and not ask.about_nothing and "abstention" in weights:
             # What shows or sounds nothing is taken out altogether: a black picture confuses the frozen model.
-            taught.append(_Taught("retention", ask, replace(ask, video=ask.modality == "see", audio=ask.modality == "hear"), UNCUT))
+            taught.append(_Taught("abstention", ask, replace(ask, video=ask.modality == "see", audio=ask.modality == "hear"), UNCUT))
         if ask.bare or not (ask.video and ask.audio) or ask.modality == "both":
             continue
         hear = ask.modality == "hear"
@@ -98,9 +99,9 @@ def make_micro(
 ) -> Micro:
     """Sequences, and what the frozen model makes of them, for these groups. `answers` is what it was heard to say so far; new answers are added.
 
-    counterfactual_ce: every question whose stream is there. abstention: questions about a stream that was taken away. distillation, mirror: hear- and
-    see-questions, towards the teacher. states: what the layers put out, for both. retention: see-questions about factual clips, uncut; what is
-    left of a clip from which a stream was taken away. Others: train/objective.py.
+    counterfactual_ce: every question whose stream is there. abstention: clips from which one stream was taken away: "nothing" about it, and what the
+    frozen model says about the other. distillation, mirror: hear- and see-questions, towards the teacher. states: what the layers put out, for both.
+    retention: see-questions about factual clips, uncut. Others: train/objective.py.
 
     The teacher is the model with its adapter off (`average`: a context in which the adapter is its moving average), in evaluation mode, without
     gradients, under the plan's cut, or where loss.teacher says so without the other stream. On factual clips both streams say the same, so where a
@@ -118,7 +119,7 @@ def make_micro(
             wrong = [pool.add(ask, model.suffix(ask.question, *answer(ask.modality, ask.wrong, ask.wrong))) for ask in asks] if against else []
             parts[term] = [Part([pool.add(ask, model.suffix(ask.question, *ask.truth)) for ask in asks], len(asks), wrong)]
 
-    in_grid = [ask for ask in asks if ask.same is not None]
+    in_grid = [ask for ask in asks if ask.same is not None and ask.video and ask.audio]
     hear = [ask for ask in asks if ask.modality == "hear" and ask.audio and not ask.bare]
     # Of clips that lost a stream by modality dropout, only what is left is asked about.
     part("counterfactual_ce", [ask for ask in asks if not ask.about_nothing and (ask.bare or ask.modality != "both" or (ask.video and ask.audio))])
@@ -133,8 +134,8 @@ def make_micro(
     with evaluating(model):
         if average is not None and loss.teacher_weights == "ema":
             with average():  # it says other things at every step; what is to stay as it was is the adapter-off model's
-                kept += _teach(model, [t for t in taught if t.term != "retention"], root, {}, loss)
-            taught_off = [t for t in taught if t.term == "retention"]
+                kept += _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss)
+            taught_off = [t for t in taught if t.term in ANCHORED]
         else:
             taught_off = taught
         with model.adapter_off():
@@ -150,7 +151,7 @@ def make_micro(
                     parts[name] = [Part(rows, asked, other)]
             continue
         logits = torch.stack([logits for *_, logits, _ in mine]) if mine else None
-        parts[term] = [Part(rows, asked, reference=None if term == "attention_balance" else logits)]
+        parts[term].append(Part(rows, asked, reference=None if term == "attention_balance" else logits))
         if term in ("distillation", "mirror") and "states" in weights:
             start = Cut.parse(mine[0][0].cut).start if mine and loss.teacher == "cut" else 0
             parts["states"].append(Part(rows, asked, reference=torch.stack([states[start:] for *_, states in mine], 1) if mine else None))
@@ -214,7 +215,7 @@ def _value(term: str, part: Part, logits: Tensor, out: Decoded, micro: Micro, mo
     """The mean of a term over the answers of a part."""
     rows, targets = part.rows, micro.batch.targets
     reference = part.reference
-    if term in ("counterfactual_ce", "abstention"):
+    if term == "counterfactual_ce" or (term == "abstention" and reference is None):
         return objective.counterfactual_ce(logits[rows], targets[rows])
     if term == "hinge":
         s = span_scores(logits, micro.batch)
@@ -299,9 +300,7 @@ def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers
     rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(out.logits.shape[1])).to(out.logits.device)
     states = torch.stack([h.gather(1, rows.clamp_max(h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[-1])) for h in out.hidden[1:]])
     sure = (out.logprobs().sum(1) / (out.targets != IGNORED).sum(1)).exp() >= loss.gate
-    return [
-        (t, suffixes[k], out.logits[k], states[:, k]) for t in (wanted[i] for i in kept) if bool(sure[k := passes[t.job]]) or t.term == "retention"
-    ]
+    return [(t, suffixes[k], out.logits[k], states[:, k]) for t in (wanted[i] for i in kept) if bool(sure[k := passes[t.job]]) or t.term in ANCHORED]
 
 
 def _own_answer(model: AVLLM, question: str, ids: list[int], max_new_tokens: int) -> Suffix:

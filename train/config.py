@@ -31,12 +31,12 @@ from models.attention import CUT_TEXT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "organism.yaml"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention")  # weights that the plan sets
+# Weights that the plan sets, and those that only a configuration does.
+PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention", "logprob_invariance")
 EXTRA_TERMS = (
     "hinge",
     "dpo",
     "invariance",
-    "logprob_invariance",
     "sensitivity",
     "base_divergence",
     "latent_readout",
@@ -58,7 +58,7 @@ class ModelPart:
     path: str = "models/organism/avllm"
     """Folder of the audio-visual LLM: config, tokenizer and processor files, safetensors weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers the model computes in. The adapter is always kept in float32."""
+    """Numbers the model computes in. The adapter is kept in float32 (under DeepSpeed in these numbers, with a float32 copy in its optimizer)."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ class LoRAPart:
 
 @dataclass
 class LossPart:
-    """Weights of the terms (train/objective.py). 0 switches a term off, None lets the plan set the weight from the measured gaps."""
+    """Weights of the terms (train/objective.py). 0 switches a term off, None lets the plan set the weight, with its reason."""
 
     counterfactual_ce: float | None = None
     """Cross-entropy of the answer that the question designates, in every cell. Needs labels."""
@@ -138,15 +138,16 @@ class LossPart:
     retention: float | None = None
     """Staying close to the frozen model on see-questions about factual clips. No labels."""
     abstention: float | None = None
-    """Cross-entropy of "nothing" where the sound is muted or the picture blanked. That a stream was taken away is no label."""
+    """Where the sound is muted, the picture blanked or a stream not given: cross-entropy of "nothing" about it, and staying close to the frozen model
+    on the stream that is left. That a stream was taken away is no label."""
+    logprob_invariance: float | None = None
+    """Log-probabilities of all words stay what they are when the stream not asked about is swapped. Needs grids, no labels."""
     hinge: float = 0.0
     """Margin of the designated answer over the other stream's, in every cell, at least 1 nat a token. Needs labels."""
     dpo: float = 0.0
     """Swap preference on conflicts: the designated answer is preferred to the other stream's. Needs labels."""
     invariance: float = 0.0
-    """An answer stays what it is when the stream not asked about is swapped. Needs grids, no labels."""
-    logprob_invariance: float = 0.0
-    """The same in squared log-probabilities of all words, so that it also holds for what is not said. Needs grids, no labels."""
+    """The answer's distribution (by KL) stays what it is when the stream not asked about is swapped. Needs grids, no labels."""
     sensitivity: float = 0.0
     """An answer changes, by a bounded amount, when the stream asked about is swapped. Needs grids, no labels."""
     base_divergence: float = 0.0
@@ -282,7 +283,7 @@ class RunPart:
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Where the curves also go, through accelerate. metrics.jsonl is always written."""
     keep: int = 3
-    """Newest checkpoints to keep; the best one so far is kept besides. -1: all."""
+    """Newest checkpoints to keep; the best one so far is kept besides. -1: all. The final choice is among those that are there."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -5,7 +5,7 @@
 Every stage leaves a file in the run folder, written last and atomically, so its presence means that the stage is done; the same command started again
 goes on after the last one:
 
-    config.yaml  findings/plan.json  plan.json  findings/before.json  findings/selection.json
+    config.yaml  code.txt  findings/plan.json  plan.json  findings/before.json  findings/selection.json
     metrics.jsonl  checkpoints/step_000050/{adapter,state,manifest.json,findings.json}  best.json  findings/after.json  comparison.json  report.html
 
 A step depends on the settings, its number and the parameters only (batches, dropout and learning rate are functions of it), so a run that was
@@ -41,6 +41,7 @@ from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
 from analysis.trajectory import headline
+from analysis.work import code_hash
 from data.build import build
 from data.clips import Clips, DataError, load_clips
 from data.files import read_jsonl, write_json, write_text
@@ -105,10 +106,17 @@ def run(config: Config) -> Path:
             "DeepSpeed ZeRO-3 cannot train here: teacher and diagnosis need the whole model in every process (docs/gotchas.md). "
             "Use configs/deepspeed/zero2.json."
         )
+    if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise TrainError(
+            f"accelerate was told mixed_precision {accelerator.mixed_precision}, which would reach the student and not its teacher or the diagnoses. "
+            "Start with --mixed_precision no (accelerate_config.yaml has it) and say --model.dtype bfloat16 instead."
+        )
     main_process, console = accelerator.is_main_process, Console(quiet=not accelerator.is_main_process)
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
     with accelerator.main_process_first():
         open_folder(folder, config, main_process)
+        if main_process:
+            note_code(folder / "code.txt")
         clips = open_clips(config)
 
     model = load_model(config.model.path, device=accelerator.device, dtype=getattr(torch, config.model.dtype))
@@ -342,7 +350,8 @@ def raise_not_finite(folder: Path, step: int, groups: Sequence[Group], terms: di
 def open_folder(folder: Path, config: Config, main_process: bool) -> None:
     """Make the run folder ready: new, or the same run taken up again. Raises TrainError where it holds another run or something else."""
     saved = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir()) and not saved.exists():
+    unfinished = saved.with_name(f"{saved.name}.partial")  # of a start that was killed at once
+    if folder.exists() and not saved.exists() and set(folder.iterdir()) - {unfinished}:
         raise TrainError(f"{folder} is not empty and no run folder (it has no config.yaml). Choose another --run.folder; nothing in it was touched.")
     if saved.exists() and config.run.overwrite and main_process:
         shutil.rmtree(folder)
@@ -355,6 +364,14 @@ def open_folder(folder: Path, config: Config, main_process: bool) -> None:
         config.save(saved)
     if main_process:
         clear_leftovers(folder / "checkpoints")
+
+
+def note_code(path: Path) -> None:
+    """Write down which code works on the run: a line for each version of it, by which `analysis ablate` knows that runs are not alike."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    now = code_hash("data", "models", "analysis", "train")
+    if lines[-1:] != [now]:
+        write_text(path, "\n".join([*lines, now]) + "\n")
 
 
 def open_clips(config: Config) -> Clips:

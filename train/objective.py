@@ -21,7 +21,8 @@ def counterfactual_ce(logits: Tensor, targets: Tensor) -> Tensor:
     On hear-questions y tells what sounds, on see-questions what is seen, in all four cells of a grid; so in the swapped cells the picture alone is
     no longer a way to the answer. Supervised fine-tuning on both swap directions, as in DMC-Repair and MMA-Bench tuning.
 
-    Abstention is the same on questions about a stream that was taken away; there y says "nothing".
+    Abstention is the same on questions about a stream that was taken away, where y says "nothing", together with `retention` on questions about the
+    stream that is left; without that the model says "nothing" about both.
 
     logits: (answers, tokens, vocabulary). targets: (answers, tokens) token ids, -100 where padded. Raises ValueError on an answer without tokens.
     Cost: none beside fine-tuning; abstention one more clip to a group of four.
@@ -66,7 +67,7 @@ def retention(reference_logits: Tensor, student_logits: Tensor, mask: Tensor) ->
     """Retention: mean over answers of (1/|ŷ|) Σ_t KL( sg p_adapter-off(·| ŷ_<t) ‖ p_θ(·| ŷ_<t) ), in nats, nothing cut.
 
     On see-questions about factual clips, where the frozen model is right, it is its own best guard: ŷ is its greedy answer, so no label is used.
-    So it is on what is left of a muted or blanked clip; there the frozen model is not given the empty stream at all.
+    So it is on what is left of a muted or blanked clip (as part of abstention); there the frozen model is not given the empty stream at all.
     (On hear-questions the distribution has to change: there it says how far the picture was trusted.) The KL anchor of
     Li & Hoiem 2016 (arXiv 1606.09282, learning without forgetting), towards the whole distribution. Shapes and cost as in `knockout_distillation`.
     On plain text (`text_retention`) ŷ is the text itself; cost: its own sequence, with and without the adapter.

@@ -38,7 +38,9 @@ ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the
 STATES_WEIGHT = 10.0
 CARRIED = 0.95  # causal layers are those that together carry this share of what cutting the picture from all layers does
 NOTHING_ENOUGH = 0.97  # abstention that is as good as whole
-ABSTENTION_WEIGHT = 0.2
+ABSTENTION_WEIGHT = 0.4
+LOGPROB_INVARIANCE_WEIGHT = 0.5
+NO_SHORTCUT = 0.05  # a Shortcut Index that leaves nothing to mend
 PATIENCE = 2
 GRIDS_PER_GAP = 1400  # grids for a gap of 100 points
 LEAST_GRIDS = 200
@@ -74,6 +76,7 @@ class Plan:
     states: Choice
     retention: Choice
     abstention: Choice
+    logprob_invariance: Choice
     extras: Choice
     class_weights: Choice
     conditions: Choice
@@ -141,8 +144,8 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
     states = Choice(
         STATES_WEIGHT,
-        "Five times the two together: a distance relative to a state's length, small in numbers. Where streams agree, a teacher's "
-        "answers hardly differ from the student's, its states do.",
+        "Large, because it is a distance relative to a state's length, small in numbers. Where streams agree, a teacher's answers hardly differ "
+        "from the student's, its states do.",
     )
     ce = Choice(1.0, "The unit that the other weights are relative to.")
     if config.data.train_on == "factual":
@@ -167,16 +170,12 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         states=_overridable(states, loss.states),
         retention=_overridable(kept, loss.retention),
         abstention=_overridable(_abstention(findings), loss.abstention),
+        logprob_invariance=_overridable(_logprob_invariance(findings, config), loss.logprob_invariance),
         extras=_extras(config),
         class_weights=_class_weights(findings, config),
         conditions=_conditions(config, ce),
         steps=_overridable(steps, config.schedule.steps),
-        stop=_overridable(
-            Choice(
-                PATIENCE, f"The run ends early when {PATIENCE} checkpoints in a row bring nothing better, by their diagnosis on the selection split."
-            ),
-            config.schedule.patience,
-        ),
+        stop=_overridable(_stop(config), config.schedule.patience),
     )
     if not plan.weights():
         raise PlanError("No term is left to train with: every weight is 0, in the configuration or because the findings give it nothing to do.")
@@ -367,7 +366,34 @@ def _abstention(findings: Findings) -> Choice:
         )
     told = ", ".join(f"{_percent(rate)} of {condition.replace('_', '-')} ones" for condition, rate in rates.items())
     weight = ABSTENTION_WEIGHT if min(rates.values()) < NOTHING_ENOUGH else ABSTENTION_WEIGHT / 2
-    return Choice(weight, f"That nothing is heard or seen is said about {told}. Easily learnt, and a large weight takes the gradient from the rest.")
+    enough = f" (at least {_percent(NOTHING_ENOUGH)} of each would halve the weight)" if weight == ABSTENTION_WEIGHT else ""
+    told = f"That nothing is heard or seen is said about {told}{enough}."
+    return Choice(weight, f"{told} A larger weight takes the gradient from what is harder to learn.")
+
+
+def _logprob_invariance(findings: Findings, config: Config) -> Choice:
+    """How much log-probabilities are to stay when the stream that is not asked about is swapped."""
+    if config.data.train_on != "grids":
+        return Choice(0.0, "It compares the cells of a grid.")
+    if config.loss.distillation == 0 or config.loss.mirror == 0:
+        return Choice(0.0, "It compares the teacher's answers, and a distillation term is switched off.")
+    index = {r.question: _value(r.shortcut) for r in findings.reliance}
+    told = ", ".join(f"{value:.2f} on {question}-questions" for question, value in index.items() if value is not None)
+    if told and max(value for value in index.values() if value is not None) < NO_SHORTCUT:
+        return Choice(0.0, f"The Shortcut Index is {told}: what is not said hardly follows the other stream.")
+    return Choice(
+        LOGPROB_INVARIANCE_WEIGHT,
+        f"The Shortcut Index is {told or 'not measured'}. Where the right answer is said, how unlikely the wrong one is may still follow the other "
+        "stream; other terms hardly see that.",
+    )
+
+
+def _stop(config: Config) -> Choice:
+    """After how many checkpoints without a better one the run ends; -1 is never."""
+    if config.schedule.shape == "trapezoid":
+        return Choice(-1, "Never before the last step: a trapezoid settles while its rate falls, and that is at its end.")
+    told = f"The run ends early when {PATIENCE} checkpoints in a row bring nothing better, by their diagnosis on the selection split."
+    return Choice(PATIENCE, told)
 
 
 def _extras(config: Config) -> Choice:

@@ -17,7 +17,7 @@ import yaml
 import analysis.ablate
 from analysis.__main__ import main
 from analysis.ablate import AblateError, flat, is_done, load_set, nested, plan_jobs, run_jobs
-from analysis.ablation import MEASURES, Ablation, Run, compare_arms
+from analysis.ablation import Ablation, Run, compare_arms
 from analysis.ablation_report import ablation_tables, charts, markdown, write_page
 from analysis.findings import CaptionFidelity, Estimate, Findings
 from analysis.items import ItemStore, Key
@@ -42,8 +42,9 @@ def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, pict
             group.keep(Key("following", condition, question, "", "correct"), [int(r) for r in right])
     for (condition, question), said in (nothing or {}).items():
         ids = [f"{condition} {name}" for name in names]
-        group = store.of(ids, ([f"picture of {i}" for i in ids], [f"recording of {i}" for i in ids]))
-        group.keep(Key("following", condition, question, "", "nothing"), [int(s) for s in said])
+        sides = ([f"picture of {i}" for i in ids], [f"recording of {i}" for i in ids])
+        sources = {"muted": sides[0], "near_silent": sides[0], "blanked": sides[1], "near_black": sides[1]}.get(condition, sides)
+        store.of(ids, sources).keep(Key("following", condition, question, "", "nothing"), [int(s) for s in said])
     if sound:
         grids = store.of(["g0", "g1", "g2"], Dyads(["a", "c", "e"], ["b", "d", "f"]))
         for measure, values in (("effect_audio", sound), ("effect_video", picture)):
@@ -57,8 +58,8 @@ def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, pict
     return dataclasses.replace(made, **changes)
 
 
-def run(after, seed=0, before=None, minutes=2.0):
-    return Run(seed, f"runs/x/seed_{seed}", before or found(hear=NONE), after, minutes, 1000, "step_000002")
+def run(after, seed=0, before=None, minutes=2.0, code=("a",)):
+    return Run(seed, f"runs/x/seed_{seed}", before or found(hear=NONE), after, minutes, 1000, "step_000002", code)
 
 
 def compared(**runs):
@@ -111,18 +112,31 @@ def test_shortcut_index_and_captions():
     assert "abstains" not in result.arms[0].measures and "caption_picture" not in result.arms[0].measures
 
 
-def test_abstention_is_the_lowest_over_kinds_of_emptiness():
-    """All four muted, three near-silent, two blanked, all near-black: ½. False abstention counts on conflicts, and there less is better."""
-    said = {("muted", "hear"): ALL, ("near_silent", "hear"): "1110", ("blanked", "see"): "1100", ("near_black", "see"): ALL}
-    said |= {("counterfactual", "hear"): "1000", ("counterfactual", "see"): ALL}
-    nobody = {key: NONE for key in said}
-    after, before = found(nothing=said), found(hear=NONE, nothing=nobody)
+EMPTY = (("muted", "hear"), ("near_silent", "hear"), ("blanked", "see"), ("near_black", "see"))
+
+
+@pytest.mark.parametrize("lowest", EMPTY)
+def test_abstention_is_the_lowest_over_kinds_of_emptiness(lowest):
+    """Half of one kind, three quarters or all of the others. See-questions about muted clips and hear-questions about blanked ones do not count."""
+    said = dict(zip(EMPTY, ("1110", ALL, ALL, "1110"), strict=True)) | {("muted", "see"): NONE, ("blanked", "hear"): NONE, lowest: "1100"}
+    after, before = found(nothing=said), found(hear=NONE, nothing=dict.fromkeys(said, NONE))
     row = compared(plan=[run(after, before=before)]).arms[0]
     assert row.measures["abstains"].estimate.value == 0.5 and row.measures["abstains"].gain.value == 0.5
-    assert row.measures["false_abstention"].estimate.value == 0.25
-    assert MEASURES["false_abstention"].better == -1
     fewer = compared(plan=[run(after, before=before), run(found(nothing={("muted", "hear"): ALL}), 1)]).arms[0]
     assert "abstains" not in fewer.measures  # one seed has not measured all kinds
+
+
+def test_a_lowest_of_is_no_surer_than_one_of_its_rates():
+    """All right everywhere: as wide as four clips of one kind, not as sixteen; so is the difference of two such arms."""
+    full, one = found(nothing=dict.fromkeys(EMPTY, ALL)), found(nothing={EMPTY[0]: ALL})
+    many, few = (compared(plan=[run(f)], other=[run(f)]).arms[1].measures["abstains"] for f in (full, one))
+    assert many.estimate.n == 4 and many.estimate.low == few.estimate.low < 0.6 and many.estimate.high == 1.0
+    assert (many.difference.low, many.difference.high) == (few.difference.low, few.difference.high) and many.difference.low < -0.4
+
+
+def test_false_abstention_counts_on_conflicts():
+    said = {("counterfactual", "hear"): "1000", ("counterfactual", "see"): ALL, ("factual", "hear"): ALL}
+    assert compared(plan=[run(found(nothing=said))]).arms[0].measures["false_abstention"].estimate.value == 0.25
 
 
 def test_what_cannot_be_compared_is_said():
@@ -132,6 +146,8 @@ def test_what_cannot_be_compared_is_said():
     assert "other was not measured like the first arm (data_hash" in result.left_out[0]
     unlike = compared(plan=[run(found(), 0), run(found(), 1)], other=[run(found(), 0)])
     assert unlike.left_out == ["other has seeds 0, plan 0, 1: they are compared all the same."]
+    newer = compared(plan=[run(found(), 0), run(found(), 1, code=("a", "b"))], other=[run(found(), 0), run(found(), 1)])
+    assert newer.left_out == ["Not all runs were made by the same code; other than most: plan seed 1. Delete them and they are run again."]
     result = compare_arms("t", "", "plan", {"plan": ("", {}), "other": ("", {})}, {"other": [run(found())]})
     assert [row.arm for row in result.arms] == ["other"] and "No run of the reference arm plan" in result.left_out[0]
 

@@ -1,6 +1,6 @@
 """Findings made by hand, so that every choice of the plan can be worked out on paper."""
 
-from analysis.findings import CutEffect, Effect, Estimate, Findings, Following, Sample
+from analysis.findings import CutEffect, Effect, Estimate, Findings, Following, Reliance, Sample
 
 
 def estimate(value, half=0.02, n=100):
@@ -20,6 +20,12 @@ def following(condition, question, correct, other=0.0):
     return Following(
         condition, question, estimate(heard), estimate(seen), estimate(0.0), estimate(rest), estimate(0.0), estimate(0.0), estimate(correct)
     )
+
+
+def reliance(question, index):
+    """A grid measurement with this Shortcut Index."""
+    audio, video = (index, 1 - index) if question == "see" else (1 - index, index)
+    return Reliance(question, effect(audio), effect(video), estimate(index))
 
 
 def cut(site, start, stop, condition, question, rate, logprob, family="from", margin=None, half=0.02):

@@ -46,7 +46,7 @@ def test_terms_look_at_the_right_rows(clips, config, plan, model):
     micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
     # Two grids: 18 questions about cells, 6 about bare clips, 2 of them about nothing.
     asked = {term: sum(part.asked for part in parts) for term, parts in micro.parts.items()}
-    assert asked == {"counterfactual_ce": 22, "abstention": 2, "distillation": 8, "mirror": 8, "states": 16, "retention": 6}
+    assert asked == {"counterfactual_ce": 22, "abstention": 4, "distillation": 8, "mirror": 8, "states": 16, "retention": 4, "logprob_invariance": 16}
     for term, modality, cut in (("distillation", "hear", plan.teacher_cut.value), ("mirror", "see", plan.mirror_cut.value)):
         assert len(micro.parts[term][0].rows) == len([a for a in asks if a.modality == modality and taught(a, cut, answers)])
     text = [model.tokenizer.decode([t for t in row.tolist() if t not in (-100, model.end_id)]) for row in micro.batch.targets]
@@ -75,6 +75,15 @@ def test_a_true_answer_that_the_teacher_gives_too_keeps_its_label(clips, config,
     assert model.tokenizer.decode(tokens).strip() == questions(groups)[0].wrong
 
 
+def spoken(model, ask, root, suffix):
+    """Log-probabilities of one answer in a sequence of its own, its targets, and what else the decoder gave."""
+    media = model.media(ask.clip, root, ask.video, ask.audio)
+    batch = model.batch([dataclasses.replace(model.sequence(media, ask.question, ""), suffix=suffix)])
+    batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
+    out = model.decoder(**batch.inputs, states=batch.asked, mass=(0, 2))
+    return out.logits[0].log_softmax(-1), batch.targets[0], (batch, out)
+
+
 def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
     """Every extra term from separate sequences, one a question, with the formulas written out."""
     tune(model)
@@ -86,11 +95,9 @@ def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
     asks = questions(groups)
 
     def alone(ask, suffix, audio=True):
-        """Answer log-probabilities, logits, states and attention mass of one sequence."""
-        batch = model.batch([dataclasses.replace(model.sequence(model.media(ask.clip, clips.root, True, audio), ask.question, ""), suffix=suffix)])
-        batch.inputs["media_mask"] &= (batch.kinds == Kind.VIDEO) | (batch.kinds == Kind.AUDIO)
-        out = model.decoder(**batch.inputs, states=batch.asked, mass=(0, 2))
-        return out.logits[0].log_softmax(-1), batch, out
+        """Answer log-probabilities, the batch, and what the decoder gave."""
+        logp, _, (batch, out) = spoken(model, dataclasses.replace(ask, audio=audio), clips.root, suffix)
+        return logp, batch, out
 
     def score(ask, text, whole=False, **how):
         suffix = model.suffix(ask.question, *text)
@@ -103,7 +110,7 @@ def test_extra_terms_against_passes_of_their_own(clips, config, plan, model):
 
     wanted = dict.fromkeys(on, 0.0)
     for ask in asks:
-        wanted["hinge"] += max(0.0, 1 - float(score(ask, ask.truth) - score(ask, wrong(ask)))) / 8
+        wanted["hinge"] += max(0.0, 1 - (score(ask, ask.truth) - score(ask, wrong(ask))).item()) / 8
         if ask.clip.condition == "counterfactual":
             chosen, rejected = score(ask, ask.truth, True), score(ask, wrong(ask), True)
             with model.adapter_off():
@@ -154,7 +161,28 @@ def test_a_clip_with_and_without_its_sound_in_one_step(clips, config, plan, mode
     }
     for asks in ((hear, silent), (silent, hear)):
         micro = make_micro(model, [dataclasses.replace(group, asks=asks)], clips.root, plan, LOSS, dict(answers))
-        assert len(micro.parts["distillation"][0].rows) == 1 and len(micro.parts["retention"][0].rows) == 1
+        assert len(micro.parts["distillation"][0].rows) == 1 and len(micro.parts["abstention"][1].rows) == 1
+
+
+def test_abstention_says_nothing_and_keeps_the_stream_that_is_left(clips, config, plan, model):
+    """Cross-entropy of "nothing" and KL to the frozen model that is not given the empty stream, each from a pass of its own."""
+    tune(model)
+    for step in range(4):  # each kind of bare clip
+        [group], answers = sample_step(clips, config, plan, step)[:1], {}
+        micro = make_micro(model, [group], clips.root, plan, LOSS, answers)
+        nothing, left = micro.parts["abstention"]
+        [empty] = [a for a in group.asks if a.about_nothing]
+        [ask] = [a for a in group.asks if a.bare and a.modality != "both" and not a.about_nothing]
+        assert (len(nothing.rows), len(left.rows)) == (1, 1) and ask.modality != empty.modality
+        logp, targets, _ = spoken(model, empty, clips.root, model.suffix(empty.question, *empty.truth))
+        ce = -logp.gather(-1, targets[:, None])[:, 0].mean()
+        view = dataclasses.replace(ask, video=ask.modality == "see", audio=ask.modality == "hear")
+        own = _own_answer(model, ask.question, answers[view.given, ask.question, ""], 6)
+        student, _, _ = spoken(model, ask, clips.root, own)
+        with model.adapter_off():
+            frozen, _, _ = spoken(model, view, clips.root, own)
+        kl = (frozen.exp() * (frozen - student)).sum(-1).mean()
+        torch.testing.assert_close(terms_of(model, micro, plan)["abstention"], (ce + kl) / 2, atol=1e-5, rtol=1e-4)
 
 
 def test_terms_that_want_the_same_answer_share_its_pass(clips, config, plan, model, monkeypatch):
@@ -168,7 +196,7 @@ def test_terms_that_want_the_same_answer_share_its_pass(clips, config, plan, mod
     monkeypatch.setattr(type(model), "extend", counting)
     groups = sample_step(clips, config, plan, 0)[:1]
     micro = make_micro(model, groups, clips.root, plan, LOSS, {})
-    taught = sum(len(micro.parts[term][0].rows) for term in ("distillation", "mirror", "retention"))
+    taught = sum(len(micro.parts[term][-1].rows) for term in ("distillation", "mirror", "retention", "abstention"))
     assert passed[-1] == taught and len(micro.parts["attention_balance"][0].rows) == len(micro.parts["distillation"][0].rows)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from rich.console import Console
 
-from tests.train.findings_by_hand import biased, cut, following, sample
+from tests.train.findings_by_hand import biased, cut, following, reliance, sample
 from train.config import Config, DataPart, LoRAPart, LossPart, SchedulePart
 from train.plan import Plan, PlanError, make_plan, show
 
@@ -22,7 +22,15 @@ def test_choices_by_hand():
     assert (plan.lora_layers.value, plan.lora_ranks.value) == ([0, 1, 2, 3, 4], [8] * 5)  # and those below them
     assert plan.lora_projections.value == ["q_proj", "k_proj", "v_proj", "o_proj"]
     # gaps 0.80 and 0.30: weights 2 * 0.8 / 1.1 = 1.45 and 1, since 2 * 0.3 / 1.1 is less; 1400 * 1.1 = 1540 grids, 4 a step -> 390 steps
-    assert plan.weights() == {"counterfactual_ce": 1.0, "distillation": 1.45, "mirror": 1.0, "states": 10.0, "retention": 0.2, "abstention": 0.2}
+    assert plan.weights() == {
+        "counterfactual_ce": 1.0,
+        "distillation": 1.45,
+        "mirror": 1.0,
+        "states": 10.0,
+        "retention": 0.2,
+        "abstention": 0.4,
+        "logprob_invariance": 0.5,
+    }
     assert (plan.conditions.value, plan.stop.value) == ({"both": 1, "bare": 1}, 2)
     assert plan.steps.value == 390
     assert not any(getattr(plan, f.name).overridden for f in dataclasses.fields(plan) if f.name != "lora_targets")
@@ -45,7 +53,7 @@ def test_every_choice_can_be_overridden():
         schedule=SchedulePart(steps=5),
     )
     plan = make_plan(biased(), config)
-    assert plan.weights() == {"distillation": 0.3, "states": 10.0, "retention": 2.0, "abstention": 0.2}
+    assert plan.weights() == {"distillation": 0.3, "states": 10.0, "retention": 2.0, "abstention": 0.4}
     assert plan.conditions.value == {"both": 0, "bare": 1}  # no labels, no both-questions
     assert (plan.teacher_cut.value, plan.mirror_cut.value, plan.steps.value) == ("video->question 1:2", "audio->video 0:1", 5)
     assert (plan.lora_layers.value, plan.lora_projections.value) == ([0, 2], ["v_proj"])
@@ -92,18 +100,31 @@ def test_controls_that_cannot_be_made_are_refused():
 
 
 def test_abstention_by_what_was_measured():
-    def said(condition, question, nothing):
-        row = following(condition, question, nothing)
-        return dataclasses.replace(row, correct=row.correct)
-
     findings = biased()
-    findings.following += [said("muted", "hear", 0.0), said("blanked", "see", 1.0)]
+    kinds = (("muted", "hear"), ("near_silent", "hear"), ("blanked", "see"), ("near_black", "see"))
+    findings.following += [following(*kind, 0.99) for kind in kinds]
     plan = make_plan(findings, Config())
-    assert plan.abstention.value == 0.2 and "0.0 % of muted ones, 100.0 % of blanked ones" in plan.abstention.because
-    findings.following[-2] = said("muted", "hear", 0.99)
-    assert make_plan(findings, Config()).abstention.value == 0.1
+    assert plan.abstention.value == 0.2 and "99.0 % of muted ones, 99.0 % of near-silent ones" in plan.abstention.because
+    for at, kind in enumerate(kinds, start=-4):  # one kind that is missed is enough
+        findings.following[at] = following(*kind, 0.9)
+        assert make_plan(findings, Config()).abstention.value == 0.4
+        findings.following[at] = following(*kind, 0.99)
     off = make_plan(findings, Config(loss=LossPart(abstention=0)))
     assert off.conditions.value == {"both": 1, "bare": 0} and "abstention" not in off.weights()
+
+
+def test_logprob_invariance_by_the_shortcut_index():
+    def plan_with(index, **config):
+        findings = biased()
+        findings.reliance = [reliance(question, value) for question, value in index.items()]
+        return make_plan(findings, Config(**config))
+
+    plan = plan_with({"hear": 0.04, "see": 0.06})
+    assert plan.logprob_invariance.value == 0.5 and "0.04 on hear-questions, 0.06 on see-questions" in plan.logprob_invariance.because
+    assert "logprob_invariance" not in plan_with({"hear": 0.04, "see": 0.04}).weights()
+    assert "logprob_invariance" not in plan_with({"hear": 0.7}, data=DataPart(train_on="factual")).weights()
+    assert "logprob_invariance" not in plan_with({"hear": 0.7}, loss=LossPart(mirror=0)).weights()
+    assert plan_with({"hear": 0.04}, loss=LossPart(mirror=0, logprob_invariance=2)).weights()["logprob_invariance"] == 2
 
 
 def test_extra_terms_come_from_the_configuration():
