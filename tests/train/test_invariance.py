@@ -136,3 +136,11 @@ def test_zero3_is_refused(arguments, tmp_path):
     done = subprocess.run(launch, cwd=ROOT, env=around, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "error: DeepSpeed ZeRO-3 cannot train here" in done.stderr and "zero2.json" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_mixed_precision_of_accelerate_is_refused(arguments, tmp_path):
+    """It would reach the student's decoder and neither its teacher nor the diagnoses."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "bf16", "-m", "train", *arguments]
+    done = subprocess.run(launch, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "error: accelerate was told mixed_precision bf16" in done.stderr and "--model.dtype bfloat16" in done.stderr
+    assert not (tmp_path / "run").exists()
