@@ -151,8 +151,8 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     if config.data.train_on == "factual":
         ce = Choice(0.0, "On factual clips the picture alone gives the right answer, so cross-entropy would teach nothing about listening.")
     kept = Choice(
-        0.2 if mirrored.value and loss.mirror != 0 else 1.0,
-        f"On factual clips {_percent(see_factual)} of see-questions are right, which is to stay. A fifth where the mirror already holds them.",
+        0.5 if mirrored.value and loss.mirror != 0 else 1.0,
+        f"On factual clips {_percent(see_factual)} of see-questions are right, which is to stay. Half where the mirror already holds them.",
     )
     count = 10 * math.ceil(max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap) / config.schedule.grids / 10)
     steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")

@@ -27,7 +27,7 @@ def test_choices_by_hand():
         "distillation": 1.45,
         "mirror": 1.0,
         "states": 10.0,
-        "retention": 0.2,
+        "retention": 0.5,
         "abstention": 0.4,
         "logprob_invariance": 0.5,
     }
