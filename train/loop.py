@@ -273,6 +273,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
             group["lr"] = learning_rate(step, steps, schedule)
         groups, sums = sample_step(clips, config, plan, step), dict.fromkeys(weights, 0.0)
         done_so_far: list[Group] = []
+        parts: list[dict[str, torch.Tensor]] = []
         for part in range(schedule.accumulate):
             mine = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
             done_so_far += mine
@@ -283,9 +284,10 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
                 accelerator.backward(total(terms, weights))
                 norm = accelerator.clip_grad_norm_(parameters, schedule.clip) if accelerator.sync_gradients else None
                 if accelerator.sync_gradients and norm is not None and not math.isfinite(norm):
-                    raise_not_finite(folder, step, done_so_far, terms)
+                    raise_not_finite(folder, step, done_so_far, [*parts, terms])
                 optimizer.step()
                 optimizer.zero_grad()
+            parts.append({name: term.detach() for name, term in terms.items()})
             sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}
         if ema:
             ema.update(step)
@@ -336,10 +338,10 @@ def status(record: dict[str, float], best: Best | None) -> str:
     return text
 
 
-def raise_not_finite(folder: Path, step: int, groups: Sequence[Group], terms: dict[str, torch.Tensor]) -> None:
-    """Save the batch and stop."""
+def raise_not_finite(folder: Path, step: int, groups: Sequence[Group], parts: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Save this process's batch with the terms of each accumulation part, and stop."""
     path = folder / f"not_finite_{os.getpid()}.json"
-    values = {name: str(term.item()) for name, term in terms.items()}
+    values = {name: ", ".join(str(part[name].item()) for part in parts) for name in parts[0]}
     write_json(path, {"step": step + 1, "terms": values, "asks": [[a.clip.id, a.question] for group in groups for a in group.asks]})
     raise TrainError(
         f"The gradient of step {step + 1} is not finite (terms: {values}). No checkpoint has this step in it; the batch is in {path}. "
