@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,29 +80,33 @@ class Best:
 
 
 def choose_best(folder: Path, before: Findings, retention_bound: float, tie: float) -> Best:
-    """The checkpoint that follows the audio most on conflicts and has lost at most `retention_bound` on factual clips, hear and see.
+    """The checkpoint that follows the audio most on conflicts and has lost at most `retention_bound` on factual clips, hear and see, give or take a
+    standard error: of some hundred clips one or two more or less are chance, and would else decide between checkpoints that are worlds apart on
+    conflicts (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees).
 
     Checkpoints within `tie` of the largest audio-following count as equal; of those, the one that is right most often on see-questions about the same
     conflicts, then the later one. If none keeps within the bound, the one that lost least, and `because` says so.
     Looks at every checkpoint in `folder` that has been diagnosed; raises CheckpointError if there is none.
     """
     start = Rates.of(before)
-    rates = {p.name: Rates.of(Findings.load(p / "findings.json")) for p in whole_checkpoints(folder) if (p / "findings.json").is_file()}
-    if not rates:
+    found = {p.name: Findings.load(p / "findings.json") for p in whole_checkpoints(folder) if (p / "findings.json").is_file()}
+    if not found:
         raise CheckpointError(f"{folder} has no diagnosed checkpoint to choose from.")
+    rates = {name: Rates.of(findings) for name, findings in found.items()}
     lost = {name: max(start.hear_factual - r.hear_factual, start.see_factual - r.see_factual) for name, r in rates.items()}
-    kept = [name for name in rates if lost[name] <= retention_bound + 1e-9]
+    bound = f"{_points(retention_bound)} on factual clips, give or take a standard error"
+    kept = [name for name in rates if lost[name] - _chance(lost[name], found[name]) <= retention_bound + 1e-9]
     if kept:
         top = max(rates[name].hear_conflicts for name in kept)
         equal = [name for name in kept if rates[name].hear_conflicts >= top - tie - 1e-9]
         name = max(equal, key=lambda n: (rates[n].see_conflicts, n))
-        why = f"Of {len(rates)} checkpoints {len(kept)} lost at most {_points(retention_bound)} on factual clips; of these it is "
+        why = f"Of {len(rates)} checkpoints {len(kept)} lost at most {bound}; of these it is "
         why += (
             "the one that follows the audio most" if len(equal) == 1 else f"best on see-questions among the {len(equal)} that follow the audio most"
         )
     else:
         name = min(rates, key=lambda n: (lost[n], -rates[n].hear_conflicts))
-        why = f"No checkpoint kept within {_points(retention_bound)} of before on factual clips; this one lost least, {_points(lost[name])}"
+        why = f"No checkpoint lost at most {bound}; this one lost least, {_points(lost[name])}"
     r = rates[name]
     because = (
         f"{why}: on conflicts {_change(start.hear_conflicts, r.hear_conflicts)} of hear- and {_change(start.see_conflicts, r.see_conflicts)} of "
@@ -120,6 +125,12 @@ def stop_reason(best: Best, diagnosed: Iterable[int], patience: int) -> str | No
     if patience == -1 or later < patience:
         return None
     return f"Stopped after step {now}: none of the last {later} checkpoints was better than that of step {at} (schedule.patience {patience})."
+
+
+def _chance(lost: float, findings: Findings) -> float:
+    """Standard error of a share of factual clips that were right before and are not now."""
+    counts = [row.correct.n for question in ("hear", "see") if (row := findings.following_rate("factual", question)) is not None]
+    return math.sqrt(lost * (1 - lost) / min(counts)) if lost > 0 else 0.0
 
 
 def _points(share: float) -> str:

@@ -256,7 +256,7 @@ class DiagnosisPart:
     test: DiagnoseSettings = field(default_factory=DiagnoseSettings)
     """On the test split, before and after training: what is reported."""
     retention_bound: float = 0.01
-    """How much a checkpoint may lose on factual clips (hear and see) and still be chosen: 0.01 is one point."""
+    """How much a checkpoint may lose on factual clips (hear and see), give or take a standard error, and still be chosen: 0.01 is one point."""
     tie: float = 0.01
     """Checkpoints whose audio-following lies within this of the best count as equal; then see-questions decide, then the later one."""
 

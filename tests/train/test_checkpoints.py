@@ -183,9 +183,12 @@ def test_largest_audio_following_wins(tmp_path):
 
 def test_retention_bounds_the_choice(tmp_path):
     diagnosed(tmp_path, 50, 0.80, 0.80)
-    diagnosed(tmp_path, 100, 0.99, 0.99, see_factual=0.96)  # two points lost
+    diagnosed(tmp_path, 100, 0.99, 0.99, see_factual=0.92)  # 6 of 100 lost, standard error 2.37
     assert choose_best(tmp_path, biased(), 0.01, 0.01).checkpoint == "step_000050"
-    assert choose_best(tmp_path, biased(), 0.02, 0.01).checkpoint == "step_000100"
+    assert choose_best(tmp_path, biased(), 0.036, 0.01).checkpoint == "step_000050"
+    assert choose_best(tmp_path, biased(), 0.037, 0.01).checkpoint == "step_000100"
+    diagnosed(tmp_path, 150, 0.995, 0.99, see_factual=0.96)  # 2 of 100 lost, standard error 1.4: may be chance
+    assert choose_best(tmp_path, biased(), 0.01, 0.01).checkpoint == "step_000150"
 
 
 def test_equal_ones_are_told_apart_by_see_questions_then_the_later(tmp_path):
@@ -199,7 +202,7 @@ def test_if_none_keeps_within_the_bound_the_least_harm_wins_and_it_is_said(tmp_p
     diagnosed(tmp_path, 50, 0.80, 0.80, hear_factual=0.95)
     diagnosed(tmp_path, 100, 0.99, 0.99, hear_factual=0.90)
     best = choose_best(tmp_path, biased(), 0.01, 0.01)
-    assert (best.checkpoint, best.within_bound) == ("step_000050", False) and "No checkpoint kept within 1.0 points" in best.because
+    assert (best.checkpoint, best.within_bound) == ("step_000050", False) and "No checkpoint lost at most 1.0 points" in best.because
 
 
 def test_without_a_diagnosed_checkpoint_there_is_no_choice(tmp_path):
