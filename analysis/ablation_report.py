@@ -30,23 +30,24 @@ EXPLAINED = (
 
 
 def ablation_tables(ablation: Ablation) -> list[Table]:
-    """One table a set. Rates are percent."""
+    """One table a set, of means over seeds, so that it fits 80 columns; rates are percent. Spreads are in the Markdown and on the page."""
     headings = {"hear_conflicts": "hear", "see_conflicts": "see", "factual": "factual", "shortcut": "index", "abstains": "abstains", "worst": "worst"}
     tables = []
     for one in ablation.sets:
         shown = [name for name in headings if _measured(one, name)]
-        table = Table(title=one.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, caption_justify="left", pad_edge=False)
+        table = Table(title=one.title, title_justify="left", title_style="bold", caption_justify="left", box=SIMPLE_HEAD)
+        table.pad_edge, table.collapse_padding = False, True
         table.add_column("arm", no_wrap=True)
         for heading in (*(headings[name] for name in shown), f"worst, against {one.reference}"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=heading in headings.values())
         for row in _rows(one):
-            cells = [value_and_spread(name, row.measures.get(name)).replace(" %", "").replace(" ± ", "±") for name in shown]
+            cells = [value_and_spread(name, row.measures.get(name)).partition(" ")[0] for name in shown]
             table.add_row(row.arm, *cells, difference("worst", row.measures.get("worst")))
         counts = ", ".join(f"{row.arm} {len(row.seeds)}" for row in one.arms)
         meant = (
             "hear, see: right on conflicts, in %; factual: the lower of both on factual clips; index: Shortcut Index of hear-questions, 0 is ideal."
         )
-        table.caption = "\n".join([f"{meant} {EXPLAINED}", f"Seeds: {counts}.", *one.left_out])
+        table.caption = "\n".join([f"{meant} {EXPLAINED.partition('. ')[2]}", f"Seeds: {counts}.", *one.left_out])
         tables.append(table)
     return tables
 
