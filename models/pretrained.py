@@ -97,6 +97,8 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
         name, rank = text(), take("B")
         shape = [take("I") for _ in range(rank)]
         kind, size = kinds[take("B")], take("I")
+        if at + size > len(data):
+            raise ModelError(f"{path} is cut short: {name} ends after the file does.")
         weights[name] = np.frombuffer(data, kind, size // np.dtype(kind).itemsize, at).reshape(shape)
         at += size
     return weights

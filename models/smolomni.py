@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from transformers import AutoConfig, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
@@ -41,10 +40,15 @@ class EfficientNetTower(Qwen2_5OmniPreTrainedModel):
         super().__init__(config)
         if config.patch_size * config.spatial_merge_size != 32:
             raise ValueError(f"The backbone has stride 32, not patch_size {config.patch_size} x spatial_merge_size {config.spatial_merge_size}.")
+        import timm  # here, so that who loads another family need not have it
+
         self.spatial_merge_size = config.spatial_merge_size
         self.backbone = timm.create_model(BACKBONE, pretrained=False, num_classes=0, global_pool="")
         self.merger = nn.Linear(CHANNELS, config.out_hidden_size)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A backbone without pretrained weights keeps timm's initialisation; the stock one is too small for it to let anything through."""
 
     def train(self, mode: bool = True) -> EfficientNetTower:
         """Never in training mode: batch norm would replace its statistics by those of our few pictures."""
