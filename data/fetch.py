@@ -206,7 +206,7 @@ def _picture(blob: bytes, out: Path) -> dict[str, Any]:
 
 
 def _recording(blob: bytes, name: str, out: Path) -> dict[str, Any]:
-    """16 kHz mono WAV, cut and normalised. WAV, because every machine writes the same bytes."""
+    """16 kHz mono WAV, cut and normalised. WAV, because no coder changes its bytes from version to version."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / Path(name).name
         file.write_bytes(blob)
