@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-label-free test lint organism clean
+.PHONY: setup demo demo-label-free test lint organism smolomni clean
 
 setup: .venv/ready
 
@@ -30,6 +30,10 @@ lint: setup
 
 organism: setup  ## rebuild the checkpoints in models/organism (under 20 minutes on 2 cores)
 	$(BIN)/python -m models.organism
+
+smolomni: setup  ## a real small audio-visual LLM: fetches its pretrained parts and media, trains what joins them
+	$(BIN)/python -m data.fetch --out runs/smolomni/sources
+	$(BIN)/python -m models.build_smolomni --retrain
 
 clean:
 	rm -rf .venv runs build .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,4 +1,4 @@
-"""Build a clip folder from the embedded set: real mp4 files, deterministic by seed, with provenance.
+"""Build a clip folder from a source set: real mp4 files, deterministic by seed, with provenance.
 
     clips = build(DataConfig(), "runs/clips")           # or: python -m data --out runs/clips
 
@@ -77,6 +77,8 @@ class DataConfig:
     """Class names, such as dog or fire_truck; None for all."""
     max_similarity: float = 0.5
     """Clips with captions more similar than this are never swapped."""
+    sources: str | None = None
+    """Folder of a source set, made by python -m data.fetch; None: the embedded set."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,16 @@ def _seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:6], "big")
 
 
+def _sources(config: DataConfig) -> list[SourceClass]:
+    if config.sources is None:
+        return load_sources()
+    if not (Path(config.sources) / "manifest.json").is_file():
+        raise DataError(f"There is no source set in {config.sources}. Make it: python -m data.fetch --out {config.sources}")
+    return load_sources(Path(config.sources))
+
+
 def _classes(config: DataConfig) -> list[SourceClass]:
-    known = {c.name: c for c in load_sources()}
+    known = {c.name: c for c in _sources(config)}
     names = config.classes if config.classes is not None else tuple(known)
     for name in names:
         if name not in known:
@@ -204,7 +214,10 @@ def _without(root: Path, job: _Bare) -> Clip:
 
 
 def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs) -> dict[str, Any]:
-    """What the folder is made of; with the media, the whole of what a reader needs to know."""
+    """What the folder is made of; with the media, the whole of what a reader needs to know.
+
+    The path of a source set is not in it: the sha256 of its files are, wherever they lie.
+    """
     sources = [
         {"id": s.id, "class": c.name, "stream": stream, "license": s.license, "origin": s.origin, "attribution": s.attribution}
         | {"sha256": s.sha256, "held_out": s.held_out}
@@ -215,7 +228,7 @@ def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs
     manifest = {
         "labels": [[c.name, c.seen, c.heard] for c in classes],
         "pairs": {part: sorted(getattr(pairs, part)) for part in ("train", "selection", "test")},
-        "config": asdict(config),
+        "config": {key: value for key, value in asdict(config).items() if key != "sources"},
         "sources": sources,
         "code": hashlib.sha256(b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in MAKERS)).hexdigest(),
     }

@@ -1,7 +1,7 @@
 """What is asked about a clip and how it is answered.
 
 A question *designates* a modality: see, hear or both. The first wording of each is the canonical one: diagnosis asks only that,
-training may use all (`question("hear", seed=3)`). Answers say the label phrase in a fixed template; "" is a stream with nothing in it:
+training may use all (`question("hear", seed=3)`). Answers say the label phrase in a template (ANSWERS); "" is a stream with nothing in it:
 
     answer("hear", "a dog", "a cat meowing")    # ("I hear a cat meowing.", "a cat meowing")
     answer("hear", "a dog", "")                 # ("I hear nothing.", "nothing")
@@ -39,6 +39,12 @@ QUESTIONS: dict[Modality, tuple[str, ...]] = {
     ),
 }
 
+ANSWERS: dict[Modality, tuple[str, ...]] = {
+    "see": ("I see {seen}.", "The video shows {seen}.", "There is {seen} in the picture."),
+    "hear": ("I hear {heard}.", "The sound is that of {heard}.", "It sounds like {heard}."),
+    "both": ("I see {seen} and I hear {heard}.", "The video shows {seen}, and it sounds like {heard}.", "There is {seen}, and the sound is that of {heard}."),
+}
+
 
 def question(modality: Modality, seed: int | None = None) -> str:
     """The canonical wording, or, with a seed, any wording of that modality."""
@@ -47,15 +53,13 @@ def question(modality: Modality, seed: int | None = None) -> str:
     return random.Random(seed).choice(QUESTIONS[modality])
 
 
-def answer(modality: Modality, seen: str, heard: str) -> tuple[str, str]:
+def answer(modality: Modality, seen: str, heard: str, style: int = 0) -> tuple[str, str]:
     """(the whole answer, the part of it that is the label). For `both` that part runs from the seen phrase to the heard one.
 
     `seen`, `heard` are the clip's phrases; "" (the picture of a blanked clip, the sound of a muted one) is answered with "nothing".
+    style: which of ANSWERS; diagnosis and fine-tuning use the first.
     """
     seen, heard = seen or NOTHING, heard or NOTHING
-    if modality == "see":
-        return f"I see {seen}.", seen
-    if modality == "hear":
-        return f"I hear {heard}.", heard
-    span = f"{seen} and I hear {heard}"
-    return f"I see {span}.", span
+    template = ANSWERS[modality][style]
+    start, stop = template.index("{"), template.rindex("}") + 1
+    return template.format(seen=seen, heard=heard), template[start:stop].format(seen=seen, heard=heard)

@@ -1,4 +1,4 @@
-"""The embedded set: real pictures and real recordings of 43 classes, with their licences.
+"""Source sets: real pictures and real recordings of classes, with their licences. The embedded set has 43; `data.fetch` makes a larger set.
 
     from data.sources import load_sources
     for c in load_sources():
@@ -11,6 +11,8 @@ Some sources are *held out*: nothing is ever trained on them, and the `unseen` s
 - pictures: the style `noto` of every class (the other styles are `fluent` and, for some animals, `photo`);
 - recordings: where a class has recordings from more than one package, those of the package with the fewest (so that training keeps
   the most); of equally many, the alphabetically last package. A class whose recordings come from one package has none held out.
+
+A manifest may say otherwise, file by file, with "held_out": true or false.
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ from data.clips import DataError
 LICENSES = {
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
     "CC-BY-3.0": "https://creativecommons.org/licenses/by/3.0/",
+    "CC-BY-SA-3.0": "https://creativecommons.org/licenses/by-sa/3.0/",
+    "GPL-2.0-only": "https://www.gnu.org/licenses/old-licenses/gpl-2.0.html",
+    "GPL-2.0-or-later": "https://www.gnu.org/licenses/old-licenses/gpl-2.0.html",
+    "GPL-3.0-only": "https://www.gnu.org/licenses/gpl-3.0.html",
+    "GPL-3.0-or-later": "https://www.gnu.org/licenses/gpl-3.0.html",
+    "LAL-1.2": "https://artlibre.org/licence/lal/en/",
     "MIT": "https://opensource.org/license/mit",
     "OFL-1.1": "https://openfontlicense.org/open-font-license-official-text/",
     "Public-Domain": "https://creativecommons.org/publicdomain/mark/1.0/",
@@ -93,13 +101,16 @@ def held_out_package(packages: Sequence[str]) -> str | None:
 
 
 def _source(root: Path, entry: dict[str, Any], held_out: bool) -> Source:
+    """`held_out`: for a manifest that does not say."""
     path = root / entry["file"]
+    remedy = "Restore it with git." if root == REAL_AV else f"Remove {root} and make it again: python -m data.fetch --out {root}"
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(f"{path} is listed in {root / 'manifest.json'} but cannot be read ({error.strerror}). Restore it with git.") from error
+        raise DataError(f"{path} is listed in {root / 'manifest.json'} but cannot be read ({error.strerror}). {remedy}") from error
     if found != entry["sha256"]:
-        raise DataError(f"{path} has changed: its sha256 is not the one in {root / 'manifest.json'}. Restore it with git.")
+        raise DataError(f"{path} has changed: its sha256 is not the one in {root / 'manifest.json'}. {remedy}")
+    held_out = entry.get("held_out", held_out)
     return Source(path.stem, path, entry["source"], entry["license"], entry["origin"], entry["attribution"], entry["sha256"], held_out)
 
 
@@ -112,7 +123,7 @@ def load_sources(root: Path = REAL_AV) -> list[SourceClass]:
     except OSError as error:
         raise DataError(f"{manifest_path} cannot be read ({error.strerror}). Is {root} the folder of a source set?") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{manifest_path} is no source manifest: it must be JSON with a list "classes". Restore it with git.') from error
+        raise DataError(f'{manifest_path} is no source manifest: it must be JSON with a list "classes". Restore or make it again.') from error
     classes = []
     for entry in entries:
         held = held_out_package([s["source"] for s in entry["sounds"]])
@@ -129,15 +140,16 @@ def load_sources(root: Path = REAL_AV) -> list[SourceClass]:
     return classes
 
 
-def attribution(root: Path = REAL_AV) -> str:
-    """ATTRIBUTION.md: every file with its licence, author and origin, generated from the manifest."""
+def attribution(root: Path = REAL_AV, by: str = "python -m data.sources") -> str:
+    """ATTRIBUTION.md: every file with its licence, author and origin, generated from the manifest by the command `by`."""
     files = [(f"{s.path.parent.name}/{s.path.name}", s) for c in load_sources(root) for s in (*c.pictures, *c.sounds)]
     used = sorted({s.license for _, s in files})
     lines = [
         "# Attribution",
         "",
-        "Every picture and recording of this folder. Generated from manifest.json by `python -m data.sources`; do not edit by hand.",
-        "Pictures were scaled to at most 256 px and stored as WebP; recordings made 16 kHz mono, normalised, cut at 6 s, stored as Ogg Vorbis.",
+        f"Every picture and recording of this folder. Generated from manifest.json by `{by}`; do not edit by hand.",
+        "Pictures were scaled to at most 256 px and stored as WebP; recordings made 16 kHz mono, normalised, cut at 6 s, stored as "
+        f"{'Ogg Vorbis' if root == REAL_AV else 'WAV'}.",
         "",
         "| licence | files | text |",
         "|---|---|---|",

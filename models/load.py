@@ -9,10 +9,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from models import qwen2_5_omni
+from models import qwen2_5_omni, smolomni
 from models.avllm import AVLLM, ModelError
 
-FAMILIES = {model_type: qwen2_5_omni.Qwen25Omni for model_type in qwen2_5_omni.MODEL_TYPES}
+FAMILIES = {
+    **dict.fromkeys(qwen2_5_omni.MODEL_TYPES, qwen2_5_omni.Qwen25Omni),
+    smolomni.SmolOmniConfig.model_type: smolomni.SmolOmni,
+}
 
 
 def load_model(

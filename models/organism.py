@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from transformers import AddedToken
 
 from data.media import read_audio, read_video, write_mp4
 from data.questions import NOTHING, QUESTIONS, Modality, answer, question
-from data.render import DEFAULTS, render_frames, render_wave
+from data.render import DEFAULTS, RenderSettings, render_frames, render_wave
 from data.sources import SourceClass, load_sources
 from models.avllm import AVLLM, Media, StreamFeatures
 from models.load import load_model
@@ -160,18 +161,19 @@ class Job:
     seed: int
     over: str | None = None
     louder: float = 0.0
+    settings: RenderSettings = DEFAULTS
 
 
 def _render(job: Job) -> None:
     if os.path.exists(job.path):
         return
-    wave = render_wave(job.sound, job.seed)
+    wave = render_wave(job.sound, job.seed, job.settings)
     if job.over is not None:
-        other = render_wave(job.over, job.seed)
+        other = render_wave(job.over, job.seed, job.settings)
         wave = wave / rms(wave) + other / rms(other) * 10 ** (job.louder / 20)
         wave = (0.5 * wave / np.abs(wave).max()).astype(np.float32)
     partial = job.path.removesuffix(".mp4") + ".partial.mp4"
-    write_mp4(partial, render_frames(job.picture, job.seed), DEFAULTS.fps, wave)
+    write_mp4(partial, render_frames(job.picture, job.seed, job.settings), job.settings.fps, wave)
     os.replace(partial, job.path)
 
 
@@ -180,8 +182,20 @@ def rms(wave: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
 
 
-def render_streams(config: OrganismConfig, classes: list[SourceClass], part: str) -> Streams:
-    """Render the clips of a part (once). Only sources that are not held out are used."""
+class Renderings(Protocol):
+    """What `render_streams` needs to be told; see OrganismConfig."""
+
+    work: Path
+    renderings: int
+    measured: int
+    mixed: float
+    louder: tuple[float, float]
+    seed: int
+    threads: int
+
+
+def render_streams(config: Renderings, classes: list[SourceClass], part: str, settings: RenderSettings = DEFAULTS) -> Streams:
+    """Render the clips of a part (once): "train", "measured" or, of the sources that are held out from both, "unseen"."""
     count, first = (config.renderings, 0) if part == "train" else (config.measured, MEASURED_SEED)
     folder = config.work / part
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +207,9 @@ def render_streams(config: OrganismConfig, classes: list[SourceClass], part: str
                 rng = np.random.default_rng([config.seed, seed])
                 sounds = classes[(c + int(rng.integers(1, len(classes)))) % len(classes)].train_sounds
                 over, louder = str(sounds[r % len(sounds)].path), rng.uniform(*config.louder)
-            picture, sound = source.train_pictures[r % len(source.train_pictures)], source.train_sounds[r % len(source.train_sounds)]
-            jobs.append(Job(str(folder / f"{source.name}_{r:03d}.mp4"), str(picture.path), str(sound.path), seed, over, louder))
+            pictures, recordings = (source.held_pictures, source.held_sounds) if part == "unseen" else (source.train_pictures, source.train_sounds)
+            picture, sound = pictures[r % len(pictures)], recordings[r % len(recordings)]
+            jobs.append(Job(str(folder / f"{source.name}_{r:03d}.mp4"), str(picture.path), str(sound.path), seed, over, louder, settings))
             label.append(c)
             mixed.append(over is not None)
     with ProcessPoolExecutor(config.threads) as pool:

