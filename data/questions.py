@@ -42,7 +42,11 @@ QUESTIONS: dict[Modality, tuple[str, ...]] = {
 ANSWERS: dict[Modality, tuple[str, ...]] = {
     "see": ("I see {seen}.", "The video shows {seen}.", "There is {seen} in the picture."),
     "hear": ("I hear {heard}.", "The sound is that of {heard}.", "It sounds like {heard}."),
-    "both": ("I see {seen} and I hear {heard}.", "The video shows {seen}, and it sounds like {heard}.", "There is {seen}, and the sound is that of {heard}."),
+    "both": (
+        "I see {seen} and I hear {heard}.",
+        "The video shows {seen}, and it sounds like {heard}.",
+        "There is {seen}, and the sound is that of {heard}.",
+    ),
 }
 
 
