@@ -18,7 +18,7 @@ from analysis.compare import Comparison, compare
 from analysis.diagnose import DiagnoseSettings, diagnose
 from analysis.findings import Findings, Language, PlainAnswer
 from analysis.items import ItemStore, Key
-from analysis.language import ANSWER_TOKENS, TextJob, is_right, language_rows, measured, text_estimates, text_jobs
+from analysis.language import TextJob, is_right, language_rows, measured, text_estimates, text_jobs
 from analysis.plain_text import PASSAGES, QUESTIONS, Question
 from analysis.report import write_report
 from analysis.tables import comparison_tables, findings_tables
@@ -82,17 +82,20 @@ def test_a_passage_is_scored_as_the_stock_model_scores_it(model, folder):
 @torch.no_grad()
 def test_answers_are_greedy_and_at_most_24_tokens_long(model, folder):
     stock = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
-    [said] = measured(model, TextJob("questions", 7, 8))["answers"]
-    asked = [{"role": "system", "content": model.system_prompt}, {"role": "user", "content": QUESTIONS[7].text}]
-    prompt = model.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    ids = model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    length = ids.shape[1]
-    for _ in range(ANSWER_TOKENS):
-        token = stock(input_ids=ids).logits[0, -1].argmax()
-        if int(token) == model.end_id:
-            break
-        ids = torch.cat([ids, token[None, None]], 1)
-    assert ids.shape[1] > length and said == model.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+    lengths = []
+    for question, said in zip(QUESTIONS[4:10], measured(model, TextJob("questions", 4, 10))["answers"], strict=True):
+        asked = [{"role": "system", "content": model.system_prompt}, {"role": "user", "content": question.text}]
+        prompt = model.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        ids = model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        length = ids.shape[1]
+        for _ in range(24):
+            token = stock(input_ids=ids).logits[0, -1].argmax()
+            if int(token) == model.end_id:
+                break
+            ids = torch.cat([ids, token[None, None]], 1)
+        assert said == model.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+        lengths.append(ids.shape[1] - length)
+    assert max(lengths) == 24, lengths
 
 
 def test_a_text_of_one_token_is_refused(model):
@@ -208,10 +211,11 @@ def measured_tokens(model):
     return [len(model.tokenizer(p.text, add_special_tokens=False)["input_ids"]) - 1 for p in PASSAGES]
 
 
-def test_it_is_off_unless_told(diagnosed):
+def test_it_is_off_unless_told(diagnosed, monkeypatch):
     model, clips, found = diagnosed
     assert not DiagnoseSettings().language and not DiagnoseSettings.quick(4).language
     assert DiagnoseSettings(language=True).answers_only().language
+    monkeypatch.setattr(analysis.diagnose, "measured", lambda model, job: pytest.fail("measured all the same"))
     off = diagnose(model, clips, dataclasses.replace(QUICK, language=False), progress=False)
     assert off.language is None and "plain_text" not in off.settings and off.left_out == found.left_out
     assert not any(key.startswith("language") for items in off.items for key in items.values)
