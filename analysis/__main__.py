@@ -44,7 +44,7 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Measure whether a model listens: answers, captions, reliance, attention flow, lenses, probes, knockout, token shift.
+    """Measure whether a model listens: answers, captions, reliance, attention flow, lenses, probes, knockout, token shift, plain text.
 
     Killed, the same command goes on where it was. Several processes share the clips: `accelerate launch -m analysis diagnose …` on GPUs,
     `torchrun --nproc_per_node 2 -m analysis diagnose …` on CPU.

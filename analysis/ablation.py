@@ -9,12 +9,13 @@ Differences are paired: per clip the mean over the arm's seeds less the mean ove
 picture or recording being alike (analysis/statistics.py). So an interval says how far other *clips* could move a number, with the models of these
 seeds as they are; how far another *seed* could move it is what the spread says. The Shortcut Index and the lowest-of (worst-of, factual,
 abstains) are no plain means: their intervals are by the delta method, a lowest-of with the rate that is the lowest in each run; where that is 0 or 1
-throughout, the interval is that rate's own.
+throughout, the interval is that rate's own. Perplexities are averaged and compared as logarithms, so their changes are relative.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from analysis.compare import differences
 from analysis.fidelity import caption_key
 from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
 from analysis.items import Key, unpacked
-from analysis.statistics import Dyads, Intervals, by_source, shortcut
+from analysis.statistics import Dyads, Intervals, by_source, mapped, shortcut
 
 
 class Shown(NamedTuple):
@@ -53,6 +54,7 @@ MEASURES = {
     "false_abstention": Shown("false abstention", "says “nothing” though there is a sound, asked what it hears on conflicts"),
     "caption_sound": Shown("captions, sound", "sound side of captions of conflicts, asked about both"),
     "caption_picture": Shown("captions, picture", "picture side of the same captions"),
+    "perplexity": Shown("perplexity", "of plain text without picture and sound; its change is a share of what it was", rate=False),
     "factual": Shown("factual", "the lower of the two factual rates"),
     "worst": Shown("worst-of", "the lowest of audio-following, see-accuracy and the two factual rates"),
 }
@@ -62,11 +64,11 @@ MEASURES = {
 class Measure:
     """One number of one arm. Intervals are over clips, not seeds."""
 
-    estimate: Estimate  # mean over seeds
+    estimate: Estimate  # mean over seeds, of perplexity the geometric one
     seeds: list[float]  # the number of each seed, in the order of the row's seeds
     spread: float | None  # standard deviation over seeds; None with fewer than two
-    gain: Effect | None = None  # against the same arm before training, paired
-    difference: Effect | None = None  # against the reference arm, paired
+    gain: Effect | None = None  # against the same arm before training, paired; of perplexity after / before - 1
+    difference: Effect | None = None  # against the reference arm, paired; of perplexity likewise
 
 
 @dataclass
@@ -197,7 +199,7 @@ def _listed(seeds: Sequence[int]) -> str:
 
 @dataclass
 class _Block:
-    """Values of the same items in several runs: (runs, keys, items)."""
+    """Values of the same items in several runs: (runs, keys, items). After the values of a key come its weights, where it has some."""
 
     values: NDArray
     ids: list[str]
@@ -214,8 +216,12 @@ def _measure(name: str, runs: list[Findings], before: list[Findings] | None, ref
     if any(value is None for value in alone):
         return None
     seeds = [float(value) for value in alone if value is not None]
+    estimate, gain, difference = _estimate(name, blocks, seeds), _difference(name, runs, before), _difference(name, runs, reference)
+    if name == "perplexity":
+        estimate, seeds = mapped(estimate, math.exp), [math.exp(seed) for seed in seeds]
+        gain, difference = (change and mapped(change, math.expm1) for change in (gain, difference))
     spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
-    return Measure(_estimate(name, blocks, seeds), seeds, spread, _difference(name, runs, before), _difference(name, runs, reference))
+    return Measure(estimate, seeds, spread, gain, difference)
 
 
 def _estimate(name: str, blocks: list[_Block], seeds: list[float]) -> Estimate:
@@ -223,16 +229,19 @@ def _estimate(name: str, blocks: list[_Block], seeds: list[float]) -> Estimate:
     intervals = _intervals(blocks)
     if intervals is None:
         return Estimate(float(np.mean(seeds)), None, None, sum(len(b.ids) for b in blocks), 0)
-    if len(blocks) == 1 and name != "shortcut":
+    rate = MEASURES[name].rate
+    if len(blocks) == 1 and rate:
         return intervals.rates(blocks[0].values[:, 0].mean(axis=0)[:, None])[0]
     if name == "shortcut" and len(seeds) == 1:
         return intervals.ratio(*blocks[0].values[0])
     influence = np.mean([_influence(name, blocks, k) for k in range(len(seeds))], axis=0)
-    if name != "shortcut" and not influence.any():  # the lowest rates are all 0 or 1, and no surer than one alone
+    if rate and not influence.any():  # the lowest rates are all 0 or 1, and no surer than one alone
         block = _lowest(name, blocks)
         return _alone(block).rates(np.full((len(block.ids), 1), float(np.mean(seeds))))[0]
-    effect = intervals.effects_of(float(np.mean(seeds)), influence[:, None], of_rates=name != "shortcut")[0]
-    low, high = (None if bound is None else min(max(bound, 0.0), 1.0) for bound in (effect.low, effect.high))
+    effect = intervals.effects_of(float(np.mean(seeds)), influence[:, None], of_rates=rate)[0]
+    low, high = effect.low, effect.high
+    if name != "perplexity":
+        low, high = (None if bound is None else min(max(bound, 0.0), 1.0) for bound in (low, high))
     return Estimate(effect.value, low, high, effect.n, effect.clusters)
 
 
@@ -251,10 +260,10 @@ def _difference(name: str, runs: list[Findings], others: list[Findings] | None) 
     if intervals is None:
         return Effect(value, None, None, sum(len(b.ids) for b in blocks), 0)
     influence = sum(weights[k] * _influence(name, blocks, k) for k in range(total))
-    if name != "shortcut" and not np.any(influence):
+    if MEASURES[name].rate and not np.any(influence):
         block = _lowest(name, blocks)
         return _alone(block).effects_of(value, np.zeros((len(block.ids), 1)), of_rates=True)[0]
-    return intervals.effects_of(value, np.asarray(influence)[:, None], of_rates=name != "shortcut")[0]
+    return intervals.effects_of(value, np.asarray(influence)[:, None], of_rates=MEASURES[name].rate)[0]
 
 
 def _read(name: str, values: list[NDArray]) -> tuple[float | None, list[NDArray]]:
@@ -262,6 +271,10 @@ def _read(name: str, values: list[NDArray]) -> tuple[float | None, list[NDArray]
     if name == "shortcut":
         value, influence = shortcut(values[0][0], values[0][1])
         return value, [influence]
+    if name == "perplexity":  # its logarithm
+        nll, tokens = values[0]
+        mean = nll.sum() / tokens.sum()
+        return float(mean), [(nll - mean * tokens) / tokens.mean()]
     means = [float(block[0].mean()) for block in values]
     at = int(np.argmin(means))
     return means[at], [block[0] - means[k] if k == at else np.zeros(block.shape[1]) for k, block in enumerate(values)]
@@ -318,7 +331,8 @@ def _blocks(name: str, runs: list[Findings]) -> list[_Block] | None:
         for items, keys in zip(found, wanted, strict=True):
             at = {item: k for k, item in enumerate(items.ids)}
             rows = [at[item] for item in ids]
-            values.append([unpacked(items.values[key.text], len(items.ids))[rows] for key in keys[part]])
+            texts = [kept[key.text] for key in keys[part] for kept in (items.values, items.weights) if key.text in kept]
+            values.append([unpacked(text, len(items.ids))[rows] for text in texts])
         place = {item: k for k, item in enumerate(found[0].ids)}
         clusters = [[side[place[item]] for item in ids] for side in found[0].clusters]
         blocks.append(_Block(np.array(values), ids, clusters, found[0].dyads))
@@ -357,6 +371,9 @@ def _keys(name: str, findings: Findings) -> list[list[Key]]:
             return [[key] for key in keys if _kept(findings, [key]) is not None]
         case "false_abstention":
             return [[Key("following", "counterfactual", "hear", "", "nothing")]]
+        case "perplexity":
+            key = Key("language", None, None, "", "nll")
+            return [[key]] if _kept(findings, [key]) else []
         case "caption_sound" | "caption_picture":
             judge = next((c.judge for c in findings.fidelity if (c.condition, c.question, c.cut) == ("counterfactual", "both", None)), None)
             side = "audio" if name == "caption_sound" else "video"

@@ -19,7 +19,7 @@ from rich.table import Table
 from analysis.ablation import MEASURES, Ablation, Measure, Row, SetResult
 from analysis.charts import Drawing, Point, scatter
 from analysis.findings import Estimate
-from analysis.tables import effect, number, percent
+from analysis.tables import effect, number, percent, relative
 from data.files import write_text
 
 COLUMNS = tuple(name for name in MEASURES if name != "factual")
@@ -38,15 +38,18 @@ def ablation_tables(ablation: Ablation) -> list[Table]:
         table = Table(title=one.title, title_justify="left", title_style="bold", caption_justify="left", box=SIMPLE_HEAD)
         table.pad_edge, table.collapse_padding = False, True
         table.add_column("arm", no_wrap=True)
-        for heading in (*(headings[name] for name in shown), f"worst, against {one.reference}"):
+        spoken = ["perplexity"] if _measured(one, "perplexity") else []
+        for heading in (*(headings[name] for name in shown), *spoken, f"worst, against {one.reference}"):
             table.add_column(heading, justify="right", no_wrap=heading in headings.values())
         for row in _rows(one):
             cells = [value_and_spread(name, row.measures.get(name)).partition(" ")[0] for name in shown]
+            cells += [_perplexity(row.measures.get(name)) for name in spoken]
             table.add_row(row.arm, *cells, difference("worst", row.measures.get("worst")))
         counts = ", ".join(f"{row.arm} {len(row.seeds)}" for row in one.arms)
         meant = (
             "hear, see: right on conflicts, in %; factual: the lower of both on factual clips; index: Shortcut Index of hear-questions, 0 is ideal."
         )
+        meant += " perplexity: of plain text, its change by training." if spoken else ""
         table.caption = "\n".join([f"{meant} {EXPLAINED.partition('. ')[2]}", f"Seeds: {counts}.", *one.left_out])
         tables.append(table)
     return tables
@@ -120,6 +123,11 @@ def value_with_interval(name: str, measure: Measure | None) -> str:
     return value_and_spread(name, measure) + (f" ({interval}" if interval else "")
 
 
+def _perplexity(measure: Measure | None) -> str:
+    """What training changed, as a share: `+1.2 % (+0.3 to +2.1)`; before training the number itself."""
+    return relative(measure.gain) if measure and measure.gain else value_and_spread("perplexity", measure)
+
+
 def difference(name: str, measure: Measure | None) -> str:
     """Against the reference: `+1.2 (−0.3 to +2.6)`."""
     if measure is None or measure.difference is None:
@@ -135,6 +143,8 @@ def _table(one: SetResult, show: Callable[[str, Measure | None], str]) -> tuple[
             columns.append((MEASURES[name].title, lambda row, name=name: show(name, row.measures.get(name))))  # type: ignore[misc]
             if name in ("worst", "hear_conflicts"):
                 columns.append((f"against {one.reference}", lambda row, name=name: difference(name, row.measures.get(name))))  # type: ignore[misc]
+            if name == "perplexity":
+                columns.append(("against before", lambda row: relative(m.gain) if (m := row.measures.get("perplexity")) and m.gain else "–"))
     columns.append(("seeds", lambda row: ", ".join(map(str, row.seeds)) or "–"))
     columns.append(("minutes of training", lambda row: f"{sum(row.minutes) / len(row.minutes):.1f}" if row.minutes else "–"))
     columns.append(("trained parameters", lambda row: "–" if row.parameters is None else f"{row.parameters:,}"))

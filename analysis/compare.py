@@ -7,11 +7,13 @@
 Only like is compared with like: findings of other clips, another split or other settings that move scores are refused, and the message names
 what differs. Every number is compared clip by clip (grids: grid by grid) from the values that findings keep, so what the clips have in common
 cancels: an interval of the difference, a p value, and over the layers or windows of a sweep a corrected one. The Shortcut Index is compared by
-the delta method on the same grids, token shift by clip as a ratio of sums. What could not be paired is said.
+the delta method on the same grids, token shift by clip as a ratio of sums; perplexity by what it changed by as a share of what it was. What could not
+be paired is said.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,7 @@ from analysis.events import VERDICTS
 from analysis.fidelity import caption_key
 from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
 from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tuned_item, unpacked
-from analysis.statistics import Dyads, Intervals, by_source, corrected, shortcut
+from analysis.statistics import Dyads, Intervals, by_source, corrected, mapped, shortcut
 
 # Settings that say where and how fast a diagnosis ran, not what it measured. Every other difference is refused.
 NEUTRAL = frozenset({"device", "threads", "batch_size", "clips_folder"})
@@ -33,9 +35,11 @@ NEUTRAL = frozenset({"device", "threads", "batch_size", "clips_folder"})
 
 @dataclass
 class Change:
-    """One number of the findings, before and after. `difference`: after − before, item by item; None without pairs (`left_out` says why)."""
+    """One number of the findings, before and after. `difference`: after − before, item by item (of perplexity after / before − 1); None without
+    pairs (`left_out` says why).
+    """
 
-    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift
+    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift | language
     condition: str | None
     question: str | None  # hear | see
     item: str  # which row of the section, e.g. "video->emitters [3, 8)"
@@ -163,6 +167,9 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     for s in findings.shift:
         for measure in ("unshifted", "marginal", "shifted", "kl"):
             yield Key("shift", s.condition, None, s.tokens, measure), getattr(s, measure)
+    if findings.language:
+        for measure in ("nll", "perplexity", "right"):
+            yield Key("language", None, None, "", measure), getattr(findings.language, measure)
 
 
 # ---------------------------------------------------------------- paired differences
@@ -199,6 +206,9 @@ class _Pair:
             part, other = (self.kept(key._replace(measure=name))[0] for name in names)
             (a, psi_a), (b, psi_b) = (shortcut(part[side], other[side]) for side in (0, 1))
             return None if a is None or b is None else self.intervals.effects_of(b - a, (psi_b - psi_a)[:, None])[0]
+        if key.measure == "perplexity":
+            changed = self.difference(key._replace(measure="nll"))
+            return None if changed is None else mapped(changed, math.expm1)
         (old, new), (w_old, w_new) = self.kept(key)
         if not w_old.sum() or not w_new.sum():
             return None
@@ -206,6 +216,10 @@ class _Pair:
         psi = (new - b * w_new) / w_new.mean() - (old - a * w_old) / w_old.mean()
         rates = not self.before.weights.get(key.text) and bool(np.isin(old, (0, 1)).all() and np.isin(new, (0, 1)).all())
         return self.intervals.effects_of(b - a, psi[:, None], of_rates=rates)[0]
+
+
+# Numbers that follow from values kept under another measure.
+_KEPT_AS = {("reliance", "shortcut"): "effect_audio", ("language", "perplexity"): "nll"}
 
 
 def _paired(before: Findings, after: Findings, keys: Sequence[Key], left_out: list[str]) -> dict[Key, Effect]:
@@ -216,7 +230,7 @@ def _paired(before: Findings, after: Findings, keys: Sequence[Key], left_out: li
     single: dict[str, int] = {}
     unkept, unmatched, empty = list[str](), list[str](), list[str]()
     for key in keys:
-        at = (key._replace(measure="effect_audio") if key.section == "reliance" else key).text
+        at = key._replace(measure=_KEPT_AS.get((key.section, key.measure), key.measure)).text
         if at not in old or at not in new:
             unkept.append(key.section)
             continue

@@ -33,11 +33,12 @@ from analysis.findings import Findings
 from analysis.flow import FlowTally
 from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep
+from analysis.language import TextJob, language_rows, measured, text_jobs, text_stated
 from analysis.probing import LensTally, ProbeFeatures, probe_rows, random_weights
 from analysis.reliance import FollowingTally, ScoreTable, hang_together, reliance_rows, want_grids
 from analysis.settings import DiagnoseSettings, SettingsError
 from analysis.shift import ShiftTally
-from analysis.tally import Tally
+from analysis.tally import Record, Tally
 from analysis.tuned_lens import TunedLens, TunedLensFit, TunedTally
 from analysis.visits import Subject, Visit
 from analysis.work import Records, Work, code_hash, weights_hash
@@ -221,6 +222,8 @@ class _Diagnosis:
         if sweep:
             self._make("answers", [*self._cut_answers(sweep), *(self._cut_captions(sweep, under_cuts) if under_cuts else ())])
 
+        plain_text = self._plain_text() if settings.language else []
+
         self.bar.update(self.task, description="fitting probes")
         items = ItemStore()
         if features:
@@ -256,6 +259,8 @@ class _Diagnosis:
             findings.labels = {name: list(phrases) for name, phrases in self.subject.labels.items()}
             findings.captions = captions.captions + (under_cuts.captions if under_cuts else [])
             findings.fidelity = fidelity_rows(findings.captions, items)
+        if settings.language:
+            findings.language = language_rows(plain_text, items)
         findings.items = items.saved()
         off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "caption fidelity": captions, "knockout": sweep}
         if names := [name for name, tally in off.items() if tally is None]:
@@ -362,6 +367,19 @@ class _Diagnosis:
         for condition, clips in self.swept.items():
             yield from self._jobs(condition, [c for c in clips if condition == "factual" or c.id in report], {"cut captions": None})
 
+    def _plain_text(self) -> list[Record]:
+        """Passages and questions without media: they need no clips, so jobs of their own."""
+        jobs = text_jobs(self.settings.batch)
+
+        def size(job: TextJob) -> int:
+            return job.stop - job.start
+
+        self.bar.reset(self.task, total=sum(size(jobs[i]) for i in self.work.mine(len(jobs))), description="plain text")
+        records = self.work.records(
+            "plain_text", len(jobs), lambda i: {"plain text": measured(self.model, jobs[i])}, lambda i: self.bar.advance(self.task, size(jobs[i]))
+        )
+        return [record["plain text"] for record in records]
+
     def _shift(self) -> ShiftTally | None:
         if self.base is None:
             self.findings.left_out.append("Token shift: this model has no vision-language base, so its proxy is the same model without its sound.")
@@ -387,6 +405,7 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
             + ", the first by sha256 of seed and id"
         ),
         "questions": {modality: question(modality) for modality in QUESTIONS},
+        **({"plain_text": text_stated()} if settings.language else {}),
         "system_prompt": model.system_prompt,
         "decoding": f"greedy, at most {settings.max_new_tokens} tokens, twice as many where both streams are asked about",
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -17,7 +17,7 @@ from typing import Any
 
 from data.files import write_json
 
-FORMAT = 3
+FORMAT = 4
 
 
 # Conditions and questions about a stream that is not there: not given to the model, or given with nothing in it.
@@ -273,8 +273,30 @@ class CaptionFidelity:
 
 
 @dataclass
+class PlainAnswer:
+    """A simple question asked without picture and sound, and the greedy answer."""
+
+    question: str
+    accepted: list[str]
+    answer: str
+    right: bool
+
+
+@dataclass
+class Language:
+    """Plain text, without picture and sound. `n` of the first two: tokens, their `clusters`: passages."""
+
+    nll: Estimate  # mean negative log-likelihood a token, in nats
+    perplexity: Estimate  # exp of it and its bounds
+    right: Estimate  # share of simple questions
+    answers: list[PlainAnswer]
+
+
+@dataclass
 class Items:
-    """Values of the same clips (or grids) under several keys, for paired comparison. Written by analysis/items.py, explained in docs/findings.md."""
+    """Values of the same clips (or grids, passages, questions) under several keys, for paired comparison. Written by analysis/items.py, explained in
+    docs/findings.md.
+    """
 
     ids: list[str]
     clusters: list[list[str]]  # the sources of each item: one list, two where both streams vary, two for the members of grids
@@ -307,6 +329,7 @@ class Findings:
     labels: dict[str, list[str]] = field(default_factory=dict)  # class -> [seen, heard]: every event that a judge knows
     captions: list[Caption] = field(default_factory=list)
     fidelity: list[CaptionFidelity] = field(default_factory=list)
+    language: Language | None = None
     items: list[Items] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
     format: int = FORMAT

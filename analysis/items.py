@@ -26,7 +26,7 @@ from data.clips import Clip
 class Key(NamedTuple):
     """Which number of the findings: e.g. Key("knockout", "counterfactual", "hear", cut_item("video->emitters", 3, 8, "from"), "delta_logprob")."""
 
-    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift
+    section: str  # following | reliance | knockout | flow | probe | lens | latent | tuned | captions | shift | language
     condition: str | None
     question: str | None  # hear | see
     item: str  # which row of the section

@@ -39,9 +39,11 @@ from analysis.tables import (
     cut_name,
     cut_words,
     effect,
+    language_numbers,
     layers,
     number,
     percent,
+    relative,
     share,
     words,
 )
@@ -124,6 +126,8 @@ def write_report(
         latent=_latent(ends),
         flow=_flow(ends),
         shift=_shift(ends),
+        language=_language(ends, comparison),
+        plain_answers=_plain_answers(ends),
         plan=_plan_rows(plan or {}),
         clips=_clips(ends, Path(clips_root), max_clips),
         settings=_settings(ends),
@@ -648,6 +652,35 @@ def _shift(ends: list[Named]) -> list[Group]:
             header = ["tokens", "", "first choice of the base", "2nd or 3rd", "beyond", "KL, nats", "n (sources)"]
             groups.append(Group(title, [Figure("", [("", stacked_rows(rows, f"Token shift, {title}"))], header, table)], folded=place > 0))
     return groups
+
+
+def _language(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
+    """Perplexity of plain text and simple questions answered right, with the paired changes."""
+    known = [language_numbers(f.language) if f.language else None for _, f in ends]
+    if not any(known):
+        return None
+    header = ["", *(name if len(ends) > 1 else "value" for name, _ in ends), *(["change"] if comparison else []), "n"]
+    rows = []
+    for k, (label, show, _, of) in enumerate(next(numbers for numbers in reversed(known) if numbers)):
+        row = [label, *(show(numbers[k][2]) if numbers else "–" for numbers in known)]
+        if comparison:
+            change = comparison.find("language", ("perplexity", "right")[k])
+            row.append("–" if change is None else relative(change.difference) if k == 0 else percent(change.difference, signed=True))
+        rows.append([*row, of])
+    return {"header": header, "rows": rows}
+
+
+def _plain_answers(ends: list[Named]) -> dict[str, Any] | None:
+    """What was answered to each simple question; ✓ marks a right answer."""
+    known = [(name, {a.question: a for a in f.language.answers}) for name, f in ends if f.language]
+    if not known:
+        return None
+    rows = [
+        [question, ", ".join(a.accepted), *(f"{'✓ ' if given[question].right else ''}{given[question].answer or '(nothing)'}" for _, given in known)]
+        for question, a in known[-1][1].items()
+        if all(question in given for _, given in known)
+    ]
+    return {"header": ["question", "right", *(name if len(ends) > 1 else "answer" for name, _ in known)], "rows": rows}
 
 
 def _plan_rows(plan: dict[str, Any], prefix: str = "") -> list[tuple[str, str, str]]:

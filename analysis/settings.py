@@ -38,6 +38,8 @@ class DiagnoseSettings:
     """Clips per condition for caption fidelity: free answers to see-, hear- and both-questions, scored by the labels judge."""
     caption_cuts: int = 5
     """Under how many of the best cuts captions are given too, on factual clips of the sweep and on conflicts that did not choose these cuts."""
+    language: bool = False
+    """Plain text without picture and sound: perplexity of a fixed English text, and simple questions. For models that speak English."""
     knockout: int | None = 80
     """Counterfactual clips for the attention knockout sweep."""
     knockout_factual: int | None = 40
@@ -86,5 +88,5 @@ class DiagnoseSettings:
         return replace(cls(counterfactual=clips, factual=clips, bare=bare, grids=grids).answers_only(), **changes)
 
     def answers_only(self) -> DiagnoseSettings:
-        """The same clips, but only what answers follow, and reliance."""
+        """The same clips, but only what answers follow, and reliance; plain text stays where it was asked for."""
         return replace(self, alone=0, unseen=0, flow=False, lens=False, probes=False, shift=0, captions=0, knockout=0, knockout_factual=0)

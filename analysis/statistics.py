@@ -30,9 +30,9 @@ a source with all others nothing can be said, and bounds are None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,6 +40,8 @@ from scipy.sparse import csr_array, hstack
 from scipy.special import stdtr, stdtrit
 
 from analysis.findings import Effect, Estimate
+
+E = TypeVar("E", bound=Estimate)
 
 LEAST = 0.25  # of the variance that independent items would have: a sum over few sources can come out near zero, or below, by chance
 
@@ -284,6 +286,14 @@ def shortcut(part: NDArray, other: NDArray) -> tuple[float | None, NDArray]:
     if not total:
         return None, np.zeros(len(part))
     return abs(a) / total, (np.sign(a) * abs(b) * (part - a) - np.sign(b) * abs(a) * (other - b)) / total**2
+
+
+def mapped(estimate: E, scale: Callable[[float], float]) -> E:
+    """The same estimate on another scale: a rising function of value and bounds, e.g. math.exp for perplexity from its logarithm, math.expm1 for
+    the relative change of perplexity from the change of its logarithm.
+    """
+    value, low, high = (None if number is None else scale(number) for number in (estimate.value, estimate.low, estimate.high))
+    return replace(estimate, value=value, low=low, high=high)
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from analysis.compare import Change, Comparison
 from analysis.fidelity import Agreement
-from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following
+from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following, Language
 
 CONDITIONS = {
     "counterfactual": "conflicts",
@@ -75,6 +75,12 @@ def effect(estimate: Estimate | None) -> str:
     """A signed number with its interval and p value, the one corrected over its sweep where there is one: `+0.83 (0.79, 0.86; p < .001)`."""
     shown = number(estimate, signed=True)
     return f"{shown[:-1]}; {p_value(estimate)})" if isinstance(estimate, Effect) and estimate.p is not None and shown.endswith(")") else shown
+
+
+def relative(change: Effect | None) -> str:
+    """A change as a share of what there was: `+1.2 % (+0.3 to +2.1)`."""
+    shown, bracket, interval = percent(change, signed=True).partition(" (")
+    return shown if change is None or change.value is None else f"{shown} %{bracket}{interval}"
 
 
 def p_value(estimate: Effect) -> str:
@@ -207,6 +213,11 @@ def findings_tables(findings: Findings) -> list[Table]:
             )
             table.add_row(words(s.tokens, TOKENS), words(s.condition, CONDITIONS), *cells)
         tables.append(table)
+    if findings.language:
+        table = _table("Plain text, without picture and sound", "", "", "n")
+        for label, show, estimate, of in language_numbers(findings.language):
+            table.add_row(label, show(estimate), of)
+        tables.append(table)
     if findings.left_out:
         table = _table("Left out", "")
         table.show_header = False
@@ -214,6 +225,15 @@ def findings_tables(findings: Findings) -> list[Table]:
             table.add_row(sentence)
         tables.append(table)
     return tables
+
+
+def language_numbers(language: Language) -> list[tuple[str, Callable[[Estimate], str], Estimate, str]]:
+    """The two numbers of plain text: what it is, how it is shown, the number, and what it is over."""
+    text, right = language.perplexity, language.right
+    return [
+        ("perplexity", number, text, f"{text.n} tokens in {text.clusters} passages"),
+        ("simple questions answered right", percent, right, f"{right.n} questions"),
+    ]
 
 
 def abstention_rows(findings: Findings) -> list[Following]:
@@ -265,6 +285,14 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             wanted = "abstains" if (c.condition, c.question) in MISSING else "does not"
             rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), str((c.difference or c.after).n))
             table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), wanted, *rates)
+        tables.append(table)
+    text, right = (comparison.find("language", measure) for measure in ("perplexity", "right"))
+    if text and right:
+        table = _table("Plain text, before and after", "", "before", "after", "change", "n")
+        table.add_row("perplexity", number(text.before), number(text.after), relative(text.difference), f"{text.after.n} tokens")
+        changed = percent(right.difference, signed=True) + (" points" if right.difference else "")
+        table.add_row("questions answered right", _short(right.before), _short(right.after), changed, str(right.after.n))
+        table.caption = "Perplexity: change as a share of before, passage by passage. Questions: points, question by question."
         tables.append(table)
     for section, title, show, measures in _SECTIONS:
         rows = [c for c in comparison.changes if c.section == section and c.measure in measures]

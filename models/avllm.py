@@ -310,6 +310,17 @@ class AVLLM(ABC):
             torch.tensor(marked, dtype=torch.bool),
         )
 
+    def passage(self, text: str) -> Suffix:
+        """Rows for plain text, of which every token but the first is a target; it begins as a question does, since text has no other place in the
+        prompt. Raises ModelError for text of fewer than two tokens.
+        """
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) < 2:
+            raise ModelError(f"the plain text {text!r} has fewer than two tokens, so there is nothing to predict. Give longer passages.")
+        kinds = torch.full_like(ids, int(Kind.EMITTER))
+        kinds[-1] = int(Kind.QUESTION)
+        return Suffix(ids, kinds, 0, ids[1:], torch.zeros(len(ids) - 1, dtype=torch.bool))
+
     def sequence(self, media: Media, question: str, answer: str, span: str | None = None) -> Example:
         """One training example."""
         return Example(media, self.suffix(question, answer, span))

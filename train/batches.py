@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.clips import DataError
 from data.questions import answer
 from models import AVLLM, Cut, Kind, Media
 from models.avllm import Batch, Decoded, Example, Suffix, answer_logprobs
@@ -163,7 +162,7 @@ def make_micro(
             with_sound = [pool.examples[row] for row in divergence.rows]
             silent = [Example(Media(example.media.video, None), example.suffix) for example in with_sound]
             divergence.reference = span_mean(_scores(model, silent), [example.suffix for example in silent])
-        texts = [_passage(model, text) for group in groups for text in group.texts]
+        texts = [model.passage(text) for group in groups for text in group.texts]
         if texts:
             prefix = model.prefill([Media(None, None)])
             first = len(pool.examples)
@@ -323,13 +322,3 @@ def _scores(model: AVLLM, examples: Sequence[Example]) -> Tensor:
 def span_mean(logprobs: Tensor, suffixes: Sequence[Suffix]) -> Tensor:
     """Mean over the label's tokens, (N,)."""
     return torch.stack([row[: len(s.span)][s.span.to(row.device)].mean() for row, s in zip(logprobs, suffixes, strict=True)])
-
-
-def _passage(model: AVLLM, text: str) -> Suffix:
-    """Plain text, of which every token but the first is predicted; it begins as a question does, since text has no other place in the prompt."""
-    ids = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(ids) < 2:
-        raise DataError(f"the plain text {text!r} has fewer than two tokens. Give longer passages in data.text.")
-    kinds = torch.full_like(ids, int(Kind.EMITTER))
-    kinds[-1] = int(Kind.QUESTION)
-    return Suffix(ids, kinds, 0, ids[1:], torch.zeros(len(ids) - 1, dtype=torch.bool))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     "--counterfactual", "12", "--factual", "6", "--alone", "2", "--unseen", "2", "--grids", "4", "--shift", "6", "--knockout", "6",
     "--knockout-factual", "2", "--knockout-media", "2", "--knockout-width", "2", "--probe-folds", "3", "--max-new-tokens", "8", "--batch", "3",
+    "--language",
 ]  # fmt: skip
 
 
