@@ -48,12 +48,12 @@ ADAPTERS = Path(__file__).parent / "smolomni"
 STAGES = ("base", "avllm")
 PROJECTORS = {"videos": "visual.merger", "audios": "audio_tower.proj"}
 RENDER = RenderSettings(size=FRAME, fps=2.0)
-# What a language model without eyes and ears is asked, so that it does not forget how to answer.
+# What is asked without picture or sound, so that it does not forget how to answer; nothing that analysis/plain_text.py asks.
 PLAIN = (
-    "What is the capital of France?", "Name three animals.", "What colour is the sky?", "How many days are in a week?", "What do bees make?",
-    "Write a short sentence about the sea.", "What is water made of?", "Who wrote Romeo and Juliet?", "What is two plus two?", "What is a violin?",
-    "Why do birds sing?", "What is the opposite of hot?", "Name a fruit.", "What do cows eat?", "How does rain form?", "What is a train?",
-    "Where do lions live?", "What is the largest planet?", "Tell me a fact about owls.", "What is bread made of?",
+    "Name three fruits.", "What is a violin?", "Write a short sentence about the sea.", "Why do birds sing?", "How does rain form?", "What is a train?",
+    "Where do lions live?", "Tell me a fact about owls.", "What is bread made of?", "What is a library?", "Name three colors of the rainbow.",
+    "What do carpenters do?", "Why do leaves fall in autumn?", "What is a bridge for?", "Give me a word that rhymes with light.", "What is glass made from?",
+    "Who was Isaac Newton?", "What does a compass show?", "Describe a forest in one sentence.", "Why is sleep important?",
 )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from analysis.plain_text import QUESTIONS
 from data.media import read_audio, read_video
 from models import Media, ModelError, load_model
-from models.build_smolomni import join, keep, resume
+from models.build_smolomni import PLAIN, join, keep, resume
 from models.pretrained import AUDIO_FILE, TEXT_FILE, VISION_FILE, build_processor, fetch_wheels, fill, read_ctranslate2, vision_part
 from models.smolomni import CHANNELS, EfficientNetTower, SmolOmni, SmolOmniConfig, SmolOmniThinker
 from models.tiny import build_tokenizer, corpus, tiny_config
@@ -255,3 +256,7 @@ def test_a_stage_goes_on_as_if_it_had_not_been_stopped(tmp_path):
     steps(*rest, done, 8)
     assert done == 5 and torch.equal(whole[0], rest[0])
     assert resume(tmp_path / "none.safetensors", {"p": rest[0]}, rest[1], rest[2]) == 0
+
+
+def test_plain_questions_are_not_those_that_language_is_measured_by():
+    assert not {text.casefold() for text in PLAIN} & {question.text.casefold() for question in QUESTIONS}
