@@ -51,9 +51,10 @@ RENDER = RenderSettings(size=FRAME, fps=2.0)
 # What is asked without picture or sound, so that it does not forget how to answer; nothing that analysis/plain_text.py asks.
 PLAIN = (
     "Name three fruits.", "What is a violin?", "Write a short sentence about the sea.", "Why do birds sing?", "How does rain form?",
-    "What is a train?", "Where do lions live?", "Tell me a fact about owls.", "What is bread made of?", "What is a library?", "Name three colors of the rainbow.",
-    "What do carpenters do?", "Why do leaves fall in autumn?", "What is a bridge for?", "Give me a word that rhymes with light.",
-    "What is glass made from?", "Who was Isaac Newton?", "What does a compass show?", "Describe a forest in one sentence.", "Why is sleep important?",
+    "What is a train?", "Where do lions live?", "Tell me a fact about owls.", "What is bread made of?", "What is a library?",
+    "Name three colors of the rainbow.", "What do carpenters do?", "Why do leaves fall in autumn?", "What is a bridge for?",
+    "Give me a word that rhymes with light.", "What is glass made from?", "Who was Isaac Newton?", "What does a compass show?",
+    "Describe a forest in one sentence.", "Why is sleep important?",
 )  # fmt: skip
 
 
