@@ -80,9 +80,9 @@ class BuildSmolOmni:
     """How often the audio-visual stage draws one of those: the strength of the bias."""
     louder: tuple[float, float] = (0.0, 12.0)
     """By how much it is louder, in dB."""
-    base_steps: int = 240
-    av_steps: int = 240
-    batch: int = 10
+    base_steps: int = 200
+    av_steps: int = 200
+    batch: int = 6
     """Clips a step; each is asked what is seen, what is heard, and both."""
     sound_only: float = 0.25
     """Share of clips without a picture in the audio-visual stage, asked what is heard."""
