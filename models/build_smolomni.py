@@ -35,10 +35,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from data.clips import DataError
 from data.questions import ANSWERS, MODALITIES, QUESTIONS, Modality, answer
 from data.render import RenderSettings
 from data.sources import SourceClass, load_sources
-from models.avllm import Example, Media, StreamFeatures
+from models.avllm import Example, Media, ModelError, StreamFeatures
 from models.load import load_model
 from models.organism import Streams, encode_all, measure, rate, render_streams
 from models.pretrained import FRAME, assemble
@@ -99,6 +100,8 @@ class BuildSmolOmni:
 def main(config: BuildSmolOmni) -> None:
     """Assemble the parts, train the stages if asked to, write both checkpoints."""
     torch.set_num_threads(config.threads)
+    if not config.retrain and not (ADAPTERS / STAGES[-1]).is_dir():
+        raise ModelError(f"{ADAPTERS} has no adapters yet: train them with --retrain.")
     start = assemble(config.out / "start", config.out / "wheels")
     adapters = config.out / "adapters" if config.retrain else ADAPTERS
     if config.retrain:
@@ -350,9 +353,7 @@ def av_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes:
 if __name__ == "__main__":
     import tyro
 
-    from models.avllm import ModelError
-
     try:
         main(tyro.cli(BuildSmolOmni, description=__doc__))
-    except ModelError as error:
+    except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")
