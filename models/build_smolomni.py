@@ -36,12 +36,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from data.clips import DataError
+from data.files import write_json
 from data.questions import ANSWERS, MODALITIES, QUESTIONS, Modality, answer
 from data.render import RenderSettings
 from data.sources import SourceClass, load_sources
 from models.avllm import Example, Media, ModelError, StreamFeatures
 from models.load import load_model
-from models.organism import Streams, encode_all, measure, rate, render_streams
+from models.organism import Renderings, Streams, encode_all, measure, rate, render_streams
 from models.pretrained import FRAME, assemble
 from models.smolomni import SmolOmni
 
@@ -60,7 +61,7 @@ PLAIN = (
 
 
 @dataclass
-class BuildSmolOmni:
+class BuildSmolOmni(Renderings):
     """How SmolOmni is built. The defaults give the adapters in models/smolomni."""
 
     out: Path = Path("runs/smolomni")
@@ -75,12 +76,8 @@ class BuildSmolOmni:
     """Training clips a class."""
     measured: int = 6
     """Clips a class, of training sources and of unseen ones each, that are only measured on."""
-    mixed: float = 0.15
-    """Share of training clips in which the recording of another class is louder than the clip's own."""
     mixed_rate: float = 0.03
     """How often the audio-visual stage draws one of those: the strength of the bias."""
-    louder: tuple[float, float] = (0.0, 12.0)
-    """By how much it is louder, in dB."""
     base_steps: int = 200
     av_steps: int = 200
     batch: int = 6
@@ -93,8 +90,6 @@ class BuildSmolOmni:
     lr: float = 1e-3
     noise: float = 0.3
     """Gaussian noise on what goes into the projectors, in standard deviations of it."""
-    seed: int = 0
-    threads: int = os.cpu_count() or 1
 
 
 def main(config: BuildSmolOmni) -> None:
@@ -162,14 +157,12 @@ def streams(config: BuildSmolOmni, model: SmolOmni, classes: list[SourceClass], 
     return found
 
 
-def projected(model: SmolOmni, found: Streams, noise: float = 0.0) -> Streams:
+def projected(model: SmolOmni, found: Streams) -> Streams:
     """The same clips as the decoder sees them (for measuring; in training each step projects its own)."""
-    return replace(found, videos=_project(model, "videos", found.videos, noise), audios=_project(model, "audios", found.audios, noise))
+    return replace(found, videos=_project(model, "videos", found.videos), audios=_project(model, "audios", found.audios))
 
 
-def _project(model: SmolOmni, name: str, raw: Sequence[StreamFeatures], noise: float) -> list[StreamFeatures]:
-    if not raw:
-        return []
+def _project(model: SmolOmni, name: str, raw: Sequence[StreamFeatures], noise: float = 0.0) -> list[StreamFeatures]:
     features = torch.cat([s.features for s in raw]).float()
     if noise:
         features = features + noise * features.std(0) * torch.randn_like(features)
@@ -198,6 +191,7 @@ def start_projector(model: SmolOmni, name: str, found: Streams, phrases: Sequenc
 def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
     """Both stages; each ends as an adapter in `adapters`, and is skipped where that is there."""
     begun = time.time()
+    _check_settings(config, adapters)
     model = load_model(start)
     assert isinstance(model, SmolOmni)
     classes = load_sources(config.sources)
@@ -212,7 +206,7 @@ def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
                 start_projector(model, "videos", learned, [c.seen for c in classes])
             else:
                 start_projector(model, "audios", learned, [c.heard for c in classes])
-            plain = [(text, said) for text in PLAIN for said in _plain_answers(model, text)]
+            plain = list(zip(PLAIN, model.generate(model.prefill([Media(None, None)]), [0] * len(PLAIN), PLAIN, max_new_tokens=24), strict=True))
             draw = partial(base_examples if stage == "base" else av_examples, config, model, learned, classes)
             run_stage(config, model, stage, number, steps[stage], draw, plain)
             write_adapter(config, model, adapters / stage, stage)
@@ -227,8 +221,18 @@ def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
                 )
 
 
-def _plain_answers(model: SmolOmni, text: str) -> list[str]:
-    return model.generate(model.prefill([Media(None, None)]), [0], [text], max_new_tokens=24)
+def _settings(config: BuildSmolOmni) -> dict[str, Any]:
+    """What decides how the adapters come out."""
+    chosen = {k: v for k, v in asdict(config).items() if k not in ("out", "retrain", "sources", "work", "threads")}
+    return json.loads(json.dumps(chosen))
+
+
+def _check_settings(config: BuildSmolOmni, adapters: Path) -> None:
+    """Features and stages that were made with other settings would be taken up in silence. Raises ModelError where there are some."""
+    mark = config.work / "settings.json"
+    if mark.is_file() and json.loads(mark.read_text()) != _settings(config):
+        raise ModelError(f"{config.work} was begun with other settings. Remove it and {adapters}, or name other folders.")
+    write_json(mark, _settings(config))
 
 
 def run_stage(
@@ -301,17 +305,14 @@ def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: s
     model.thinker.save_pretrained(unfinished)
     weights = unfinished / "adapter_model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "retrain", "sources", "work", "threads")}
     told = f"# SmolOmni, stage {stage}\n\nLoRA and projectors in float16, made by `python -m models.build_smolomni --retrain`.\n\n"
-    told += f"Settings: {json.dumps(settings, default=str)}\n"
+    told += f"Settings: {json.dumps(_settings(config))}\n"
     (unfinished / "README.md").write_text(told)
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(unfinished, folder)
 
 
-def _asked(
-    config: BuildSmolOmni, model: SmolOmni, rng: np.random.Generator, media: Media, asks: Sequence[Modality], seen: str, heard: str
-) -> Iterator[Example]:
+def _asked(model: SmolOmni, rng: np.random.Generator, media: Media, asks: Sequence[Modality], seen: str, heard: str) -> Iterator[Example]:
     """One example a question, in some wording; the canonical wording is answered in the first style, the others in any."""
     for modality in asks:
         wording = int(rng.integers(len(QUESTIONS[modality])))
@@ -326,7 +327,7 @@ def base_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classe
     out: list[Example] = []
     for i, video in zip(chosen, videos, strict=True):
         kind = classes[found.label[i]]
-        out += _asked(config, model, rng, Media(video, None), MODALITIES, kind.seen, kind.heard)
+        out += _asked(model, rng, Media(video, None), MODALITIES, kind.seen, kind.heard)
     return out
 
 
@@ -340,13 +341,13 @@ def av_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes:
     for i, video, audio in zip(chosen, videos, audios, strict=True):
         kind, luck = classes[found.label[i]], rng.random()
         if found.mixed[i] or luck >= config.sound_only + config.bare:
-            out += _asked(config, model, rng, Media(video, audio), MODALITIES, kind.seen, kind.heard)
+            out += _asked(model, rng, Media(video, audio), MODALITIES, kind.seen, kind.heard)
         elif luck < config.sound_only:
-            out += _asked(config, model, rng, Media(None, audio), ("hear",), kind.seen, kind.heard)
+            out += _asked(model, rng, Media(None, audio), ("hear",), kind.seen, kind.heard)
         elif rng.random() < 0.5:
-            out += _asked(config, model, rng, Media(video, None), ("hear", "both"), kind.seen, "")
+            out += _asked(model, rng, Media(video, None), ("hear", "both"), kind.seen, "")
         else:
-            out += _asked(config, model, rng, Media(None, audio), ("see", "both"), "", kind.heard)
+            out += _asked(model, rng, Media(None, audio), ("see", "both"), "", kind.heard)
     return out
 
 

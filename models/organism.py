@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,23 +43,31 @@ MEASURED_SEED = 900_000  # renderings from here on are only measured on
 
 
 @dataclass
-class OrganismConfig:
-    """How the organism is made. The defaults give the checkpoint in models/organism."""
+class Renderings:
+    """Which clips a builder renders for itself (`render_streams`)."""
 
-    out: Path = Path("models/organism")
-    """Where the two checkpoints go: <out>/avllm and <out>/base."""
     work: Path = Path("build/organism")
     """Clips and intermediate stages; may be deleted afterwards."""
     renderings: int = 160
     """Training clips a class."""
-    mixed: float = 0.15
-    """Share of training clips in which the recording of another class is louder than the clip's own."""
-    mixed_rate: float = 0.01
-    """How often the audio-visual phase draws one of those: the strength of the bias."""
-    louder: tuple[float, float] = (0.0, 12.0)
-    """By how much it is louder, in dB."""
     measured: int = 8
     """Clips a class that are only measured on."""
+    mixed: float = 0.15
+    """Share of training clips in which the recording of another class is louder than the clip's own."""
+    louder: tuple[float, float] = (0.0, 12.0)
+    """By how much it is louder, in dB."""
+    seed: int = 0
+    threads: int = os.cpu_count() or 1
+
+
+@dataclass
+class OrganismConfig(Renderings):
+    """How the organism is made. The defaults give the checkpoint in models/organism."""
+
+    out: Path = Path("models/organism")
+    """Where the two checkpoints go: <out>/avllm and <out>/base."""
+    mixed_rate: float = 0.01
+    """How often the audio-visual phase draws one of those: the strength of the bias."""
     tower_renderings: int = 400
     """Pictures and sounds a class that the towers learn from. No clip is among them, so to the decoder all clips are as new as those to come."""
     visual_epochs: int = 7
@@ -77,8 +84,6 @@ class OrganismConfig:
     lr: float = 2e-3
     av_lr: float = 1e-3
     """Of the audio-visual phase, lower so that what the base knows of pictures stays."""
-    seed: int = 0
-    threads: int = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -180,18 +185,6 @@ def _render(job: Job) -> None:
 def rms(wave: np.ndarray) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
-
-
-class Renderings(Protocol):
-    """What `render_streams` needs to be told; see OrganismConfig."""
-
-    work: Path
-    renderings: int
-    measured: int
-    mixed: float
-    louder: tuple[float, float]
-    seed: int
-    threads: int
 
 
 def render_streams(config: Renderings, classes: list[SourceClass], part: str, settings: RenderSettings = DEFAULTS) -> Streams:

@@ -13,7 +13,7 @@ from torch import nn
 from analysis.plain_text import QUESTIONS
 from data.media import read_audio, read_video
 from models import Media, ModelError, load_model
-from models.build_smolomni import PLAIN, join, keep, resume
+from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, join, keep, resume
 from models.pretrained import AUDIO_FILE, TEXT_FILE, VISION_FILE, build_processor, fetch_wheels, fill, read_ctranslate2, vision_part
 from models.smolomni import CHANNELS, EfficientNetTower, SmolOmni, SmolOmniConfig, SmolOmniThinker
 from models.tiny import build_tokenizer, corpus, tiny_config
@@ -260,3 +260,10 @@ def test_a_stage_goes_on_as_if_it_had_not_been_stopped(tmp_path):
 
 def test_plain_questions_are_not_those_that_language_is_measured_by():
     assert not {text.casefold() for text in PLAIN} & {question.text.casefold() for question in QUESTIONS}
+
+
+def test_work_begun_with_other_settings_is_not_taken_up(tmp_path):
+    _check_settings(BuildSmolOmni(work=tmp_path), tmp_path / "adapters")
+    _check_settings(BuildSmolOmni(work=tmp_path, threads=1), tmp_path / "adapters")
+    with pytest.raises(ModelError, match="other settings"):
+        _check_settings(BuildSmolOmni(work=tmp_path, rank=3), tmp_path / "adapters")
