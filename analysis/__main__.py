@@ -6,6 +6,7 @@
     python -m analysis compare before.json after.json --out comparison.json
     python -m analysis judge before.json --judge llm --base-url http://localhost:8000/v1 --model my-judge
     python -m analysis report before.json after.json --clips runs/clips --out report.html
+    python -m analysis ceiling before.json after.json --model models/organism/avllm --clips runs/clips
     python -m analysis ablate configs/ablations/headline.yaml --out runs/ablations
 
 Input that cannot be used gives one line on stderr and exit code 2; nothing is left half-written. Runs of an ablation that fail give exit code 1.
@@ -33,6 +34,7 @@ from analysis.settings import DiagnoseSettings, SettingsError
 from data.clips import DataError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 Split = Literal["train", "plan", "selection", "test", "unseen"]
@@ -82,12 +84,7 @@ class Diagnose:
         _writable(self.out)
         clips = load_clips(self.clips)
         processes = _processes(self.device)
-        name = f"cuda:{processes.local_process_index}" if processes and self.device == "cuda" else self.device
-        try:
-            device = torch.device(name)
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        device = _device(f"cuda:{processes.local_process_index}" if processes and self.device == "cuda" else self.device)
         model = load_model(self.model, self.adapter, device=device, dtype=getattr(torch, self.dtype), base=self.base)
         work = self.out.with_name(f"{self.out.name}.work")
         if work.is_dir() and (processes is None or processes.is_main_process):
@@ -236,6 +233,43 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """What the towers give the decoder of known and of new sources, as a linear probe reads it, and how near to that the answers of findings come.
+
+    The probe is fitted on the factual clips of the train split. Adapters leave towers alone, so one ceiling serves for before and after.
+    """
+
+    findings: Positional[tuple[Path, ...]]
+    """Findings of the test split of these clips, to be held against it; may be left out."""
+    model: str
+    """Folder of a checkpoint (or a hub id)."""
+    clips: Path
+    """Clip folder."""
+    out: Path | None = None
+    """Also write it as JSON."""
+    device: str = "cpu"
+    """Torch device, e.g. cuda."""
+
+    def run(self, console: Console) -> None:
+        """Probe, show, write."""
+        from analysis.ceiling import ceiling_table, ceilings, save
+        from data.clips import load_clips
+        from models import load_model
+
+        if self.out is not None:
+            _writable(self.out)
+        named = [(path.stem, Findings.load(path)) for path in self.findings]
+        clips = load_clips(self.clips)
+        for path, (_, findings) in zip(self.findings, named, strict=True):
+            if findings.data_hash != clips.data_hash or findings.split not in ("test", "unseen"):
+                raise UsageError(f"{path} was measured on other clips than the test or the unseen split of {self.clips}.")
+        rows = ceilings(load_model(self.model, device=_device(self.device)), clips)
+        if self.out is not None:
+            save(self.out, rows, named)
+        console.print(ceiling_table(rows, named))
+
+
+@dataclass(frozen=True)
 class Ablate:
     """Train every arm of a set with every seed, each as its own `accelerate launch`, and compare the arms clip by clip.
 
@@ -305,6 +339,7 @@ Command = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Judge, subcommand("judge")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Ceiling, subcommand("ceiling")]
     | Annotated[Ablate, subcommand("ablate")]
 )
 
@@ -323,6 +358,18 @@ def _processes(device: str) -> PartialState | None:
             f"On CPU start them with `torchrun --nproc_per_node {wanted} -m analysis diagnose …`."
         )
     return processes
+
+
+def _device(name: str) -> torch.device:
+    """The torch device of this name. Raises UsageError where it cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _writable(path: Path) -> None:

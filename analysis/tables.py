@@ -136,7 +136,7 @@ def findings_tables(findings: Findings) -> list[Table]:
     """The findings on one screen or two: one table per diagnostic that was run."""
     tables = []
     if findings.following:
-        table = _table("What the answers name", "clips", "asked about", "names the sound", "names the picture", "other", "n (sources)")
+        table = titled("What the answers name", "clips", "asked about", "names the sound", "names the picture", "other", "n (sources)")
         for f in findings.following:
             other = sum(e.value or 0.0 for e in (f.both, f.neither, f.nothing, f.unparsed))
             measured = f.audio.value is not None
@@ -146,7 +146,7 @@ def findings_tables(findings: Findings) -> list[Table]:
         table.caption = "On factual clips sound and picture agree: an answer that names the event counts under “names the sound”."
         tables.append(table)
     if any(f.nothing.value is not None for f in abstention_rows(findings)):
-        table = _table("Says that there is nothing", "clips", "asked about", "right if it", "says nothing", "names an event", "n (sources)")
+        table = titled("Says that there is nothing", "clips", "asked about", "right if it", "says nothing", "names an event", "n (sources)")
         for f in abstention_rows(findings):
             wanted = "abstains" if (f.condition, f.question) in MISSING else "does not"
             table.add_row(
@@ -157,7 +157,7 @@ def findings_tables(findings: Findings) -> list[Table]:
     if findings.fidelity:
         tables.append(fidelity_table(findings.fidelity))
     if findings.reliance:
-        table = _table(
+        table = titled(
             "Shortcut Index: how far the wrong stream decides (0 is ideal)", "asked about", "index", "sound moves", "picture moves", "grids"
         )
         for r in findings.reliance:
@@ -169,7 +169,7 @@ def findings_tables(findings: Findings) -> list[Table]:
         )
         tables.append(table)
     if cuts := best_cuts(findings.knockout):
-        table = _table("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "names the sound", "names the picture", "log p")
+        table = titled("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "names the sound", "names the picture", "log p")
         for c in cuts:
             rates = (percent(c.audio), percent(c.vision))
             table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, effect(c.delta_logprob))
@@ -177,7 +177,7 @@ def findings_tables(findings: Findings) -> list[Table]:
         table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
         tables.append(table)
     if findings.probes:
-        table = _table("Linear probes: what can be read from inside", "label of", "read at", "best layer", "accuracy", "best control", "selectivity")
+        table = titled("Linear probes: what can be read from inside", "label of", "read at", "best layer", "accuracy", "best control", "selectivity")
         for p in findings.probes:
             if (layer := _peak(p.selectivity)) is not None:
                 right, above = p.accuracy[layer], p.selectivity[layer]
@@ -187,7 +187,7 @@ def findings_tables(findings: Findings) -> list[Table]:
         table.caption = "Layer 0 is the embeddings. Selectivity: points above the best control."
         tables.append(table)
     if findings.lens:
-        table = _table("Lenses: true event words among the top k", "lens", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
+        table = titled("Lenses: true event words among the top k", "lens", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
         for n in [*findings.lens, *(findings.tuned.lens if findings.tuned else ())]:
             if (layer := _peak(n.corrected)) is not None:
                 gained = percent(n.corrected[layer], signed=True)
@@ -202,7 +202,7 @@ def findings_tables(findings: Findings) -> list[Table]:
                 table.caption += f" By the tuned lens: {percent(latent.latent)} (layer {latent.layer}, n = {latent.latent.n})."
         tables.append(table)
     if findings.shift:
-        table = _table("Answers against the base without audio", "tokens", "clips", "its first choice", "2nd or 3rd", "beyond", "KL, nats", "n")
+        table = titled("Answers against the base without audio", "tokens", "clips", "its first choice", "2nd or 3rd", "beyond", "KL, nats", "n")
         for s in findings.shift:
             cells = (
                 percent(s.unshifted),
@@ -214,12 +214,12 @@ def findings_tables(findings: Findings) -> list[Table]:
             table.add_row(words(s.tokens, TOKENS), words(s.condition, CONDITIONS), *cells)
         tables.append(table)
     if findings.language:
-        table = _table("Plain text, without picture and sound", "", "", "n")
+        table = titled("Plain text, without picture and sound", "", "", "n")
         for label, show, estimate, of in language_numbers(findings.language):
             table.add_row(label, show(estimate), of)
         tables.append(table)
     if findings.left_out:
-        table = _table("Left out", "")
+        table = titled("Left out", "")
         table.show_header = False
         for sentence in findings.left_out:
             table.add_row(sentence)
@@ -243,7 +243,7 @@ def abstention_rows(findings: Findings) -> list[Following]:
 
 def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
     """What captions get right, per judge, condition, question and cut."""
-    table = _table("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", "unparsed", "n (sources)")
+    table = titled("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", "unparsed", "n (sources)")
     for row in rows:
         scores = (number(row.audio), number(row.video), _short(row.invented), _short(row.unparsed), counted(row.unparsed))
         table.add_row(row.judge, words(row.condition, CONDITIONS), words(row.question, QUESTIONS), cut_words(row.cut), *scores)
@@ -253,7 +253,7 @@ def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
 
 def agreement_table(rows: Iterable[Agreement]) -> Table:
     """How alike judges rank the same captions."""
-    table = _table("Agreement of judges (Spearman's rank correlation)", "judges", "side", "rho", "captions")
+    table = titled("Agreement of judges (Spearman's rank correlation)", "judges", "side", "rho", "captions")
     for row in rows:
         rho = "–" if row.rho is None else _digits(row.rho, 2)
         table.add_row(f"{row.first}, {row.second}", STREAMS["audio" if row.side == "audio" else "visual"], rho, str(row.n))
@@ -265,7 +265,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = []
     changes = [c for c in comparison.changes if c.section == "following" and c.measure in ("audio", "vision")]
     if changes:
-        table = _table("What the answers name, before and after", "clips", "asked about", "names the", "before", "after", "difference, points", "n")
+        table = titled("What the answers name, before and after", "clips", "asked about", "names the", "before", "after", "difference, points", "n")
         for c in changes:
             named = "event" if c.condition in ("factual", "unseen_factual") else "sound" if c.measure == "audio" else "picture"
             if named == "event" and c.measure == "vision":
@@ -278,7 +278,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         tables.append(table)
     nothing = [change for pair in ABSTENTION if (change := comparison.find("following", "nothing", *pair)) and change.after.value is not None]
     if nothing:
-        table = _table(
+        table = titled(
             "Says that there is nothing, before and after", "clips", "asked about", "right if it", "before", "after", "difference, points", "n"
         )
         for c in nothing:
@@ -288,7 +288,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         tables.append(table)
     text, right = (comparison.find("language", measure) for measure in ("perplexity", "right"))
     if text and right:
-        table = _table("Plain text, before and after", "", "before", "after", "change", "n")
+        table = titled("Plain text, before and after", "", "before", "after", "change", "n")
         table.add_row("perplexity", number(text.before), number(text.after), relative(text.difference), f"{text.after.n} tokens")
         changed = percent(right.difference, signed=True) + (" points" if right.difference else "")
         table.add_row("questions answered right", _short(right.before), _short(right.after), changed, str(right.after.n))
@@ -304,7 +304,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             if key not in strongest or abs(c.before.value or 0.0) > abs(strongest[key].before.value or 0.0):
                 strongest[key] = c
         if strongest:
-            table = _table(title, "row", "before", "after", "n (sources)")
+            table = titled(title, "row", "before", "after", "n (sources)")
             for c in strongest.values():
                 about = f"asked about {QUESTIONS[c.question]}" if section == "reliance" and c.question else ""
                 item = _CUT.sub(lambda m: f"{cut_name(m[1])}, layers {layers(int(m[2]), int(m[3]))}", c.item)
@@ -317,7 +317,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
                 table.caption = f"Of {len(rows)} layers or windows, the one with the largest number before, per row. All are in the comparison file."
             tables.append(table)
     if comparison.left_out:
-        table = _table("Left out", "")
+        table = titled("Left out", "")
         table.show_header = False
         for sentence in comparison.left_out:
             table.add_row(sentence)
@@ -357,7 +357,8 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _table(title: str, *headers: str) -> Table:
+def titled(title: str, *headers: str) -> Table:
+    """An empty table in the style of all of them."""
     table = Table(
         title=title,
         box=SIMPLE_HEAD,

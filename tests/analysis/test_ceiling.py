@@ -1,0 +1,112 @@
+"""Ceilings by hand: streams whose rows we choose, and the ratio of answers to what a probe reads from them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from analysis.__main__ import main
+from analysis.ceiling import ceiling_table, ceilings, ratio, save
+from analysis.diagnose import DiagnoseSettings, diagnose
+from analysis.findings import Findings
+from analysis.probing import SHRINKAGE
+from data.build import DataConfig, PerSplit, build
+from data.clips import DataError
+from data.render import RenderSettings
+from models import load_model
+from models.avllm import StreamFeatures
+
+CLASSES = ("dog", "cat", "rooster", "train")
+
+
+@pytest.fixture(scope="module")
+def more_clips(tmp_path_factory):
+    """Several training clips a class, so that there is a spread within classes."""
+    config = DataConfig(renderings=PerSplit(4, 1, 1, 2, 2), rounds=PerSplit(1, 1, 1, 1, 1), classes=CLASSES, render=RenderSettings(size=84))
+    return build(config, tmp_path_factory.mktemp("ceiling") / "clips", progress=False)
+
+
+@pytest.fixture
+def told_model(model_folder, more_clips):
+    """Its streams are ours: rows that say the class, but a dog's sound of a new source is that of a cat, and its picture is that of a cat anywhere
+    but in training.
+    """
+    model = load_model(model_folder)
+    rng = np.random.default_rng(0)
+    names = sorted(CLASSES)
+    for clip in more_clips.select(condition="factual"):
+        for stream, label, sha in (("video", clip.video_label, clip.video_sha256), ("audio", clip.audio_label, clip.audio_sha256)):
+            wrong = clip.split == "unseen" if stream == "audio" else clip.split != "train"
+            said = "cat" if label == "dog" and wrong else label
+            rows = np.zeros((6, model.hidden_size))
+            rows[:, :4] = rng.normal(0, 0.1, (6, 4)) + 3 * np.eye(4)[names.index(said)]
+            model._streams[stream, sha] = StreamFeatures(torch.tensor(rows, dtype=torch.float32), (6,) if stream == "audio" else (1, 4, 6))
+    return model
+
+
+def test_the_share_that_a_probe_reads(told_model, more_clips):
+    rows = {(row.stream, row.split): row for row in ceilings(told_model, more_clips, progress=False)}
+    assert rows["audio", "test"].accuracy.value == 1
+    assert rows["audio", "unseen"].accuracy.value == 0.75  # all but the dog's
+    assert rows["video", "test"].accuracy.value == rows["video", "unseen"].accuracy.value == 0.75
+    assert {row.learned for row in rows.values()} == {16}
+    assert [rows["audio", split].accuracy.n for split in ("test", "unseen")] == [8, 8]
+
+
+def test_against_sklearn(model_folder, more_clips):
+    """Real towers: the same predictions as sklearn's discriminant analysis of the mean rows."""
+    model = load_model(model_folder)
+    learned, tried = more_clips.select("train", "factual"), more_clips.select("unseen", "factual")
+    mean = lambda found: np.stack([model.media(c, more_clips.root).audio.features.double().mean(0).numpy() for c in found])  # noqa: E731
+    x, z = mean(learned), mean(tried)
+    centre, spread = x.mean(0), x.std(0)
+    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[0.25] * 4)
+    lda.fit((x - centre) / spread, [c.audio_label for c in learned])
+    right = np.mean(lda.predict((z - centre) / spread) == np.array([c.audio_label for c in tried]))
+    rows = {(row.stream, row.split): row for row in ceilings(model, more_clips, progress=False)}
+    assert rows["audio", "unseen"].accuracy.value == pytest.approx(right)
+
+
+@pytest.fixture(scope="module")
+def few_findings(model_folder, more_clips):
+    return diagnose(load_model(model_folder), more_clips, dataclasses.replace(DiagnoseSettings().answers_only(), unseen=None, bare=0), progress=False)
+
+
+def test_answers_are_held_against_it(told_model, more_clips, few_findings, tmp_path):
+    rows = ceilings(told_model, more_clips, progress=False)
+    unseen = next(row for row in rows if (row.stream, row.split) == ("audio", "unseen"))
+    right = few_findings.following_rate("unseen_counterfactual", "hear").correct
+    save(tmp_path / "ceiling.json", rows, [("before", few_findings)])
+    [written] = [r for r in json.loads((tmp_path / "ceiling.json").read_text()) if (r["stream"], r["split"]) == ("audio", "unseen")]
+    assert written["answers"]["before"]["counterfactual"]["value"] == right.value
+    assert written["answers"]["before"]["counterfactual"]["ratio"] == pytest.approx(right.value / 0.75) == ratio(right, unseen)
+    assert ceiling_table(rows, [("before", few_findings)]).row_count == 4
+
+
+def test_the_command(model_folder, more_clips, few_findings, tmp_path, capsys):
+    few_findings.save(tmp_path / "before.json")
+    arguments = ["--model", str(model_folder), "--clips", str(more_clips.root), "--out", str(tmp_path / "out.json")]
+    assert main(["ceiling", str(tmp_path / "before.json"), *arguments]) == 0
+    assert "linear probe" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 4
+    assert main(["ceiling", *arguments]) == 0  # without findings
+
+
+def test_findings_of_other_clips_are_refused(model_folder, more_clips, few_findings, tmp_path, capsys):
+    other = Findings.load(_saved(few_findings, tmp_path / "other.json"))
+    other.data_hash = "another"
+    assert main(["ceiling", str(_saved(other, tmp_path / "other.json")), "--model", str(model_folder), "--clips", str(more_clips.root)]) == 2
+    assert "other.json" in capsys.readouterr().err
+
+
+def test_without_training_clips_there_is_no_ceiling(told_model, more_clips):
+    with pytest.raises(DataError, match="train split"):
+        ceilings(told_model, dataclasses.replace(more_clips, clips=[c for c in more_clips.clips if c.split != "train"]), progress=False)
+
+
+def _saved(findings, path):
+    findings.save(path)
+    return path
