@@ -3,6 +3,7 @@
 import os
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from analysis.plain_text import QUESTIONS
+from analysis.plain_text import PASSAGES, QUESTIONS
 from data.media import read_audio, read_video
 from models import Media, ModelError, load_model
 from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, join, keep, resume
@@ -258,8 +259,15 @@ def test_a_stage_goes_on_as_if_it_had_not_been_stopped(tmp_path):
     assert resume(tmp_path / "none.safetensors", {"p": rest[0]}, rest[1], rest[2]) == 0
 
 
-def test_plain_questions_are_not_those_that_language_is_measured_by():
+def test_plain_text_that_is_trained_on_is_not_what_language_is_measured_by():
     assert not {text.casefold() for text in PLAIN} & {question.text.casefold() for question in QUESTIONS}
+    trained = (Path(__file__).parents[2] / "configs" / "plain_text.txt").read_text().casefold()
+    assert not [question.text for question in QUESTIONS if question.text.casefold() in trained]
+    assert not [p.name for p in PASSAGES for words in _runs(p.text.casefold().split(), 6) if words in " ".join(trained.split())]
+
+
+def _runs(words, n):
+    return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def test_work_begun_with_other_settings_is_not_taken_up(tmp_path):
