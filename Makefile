@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-label-free test lint organism smolomni clean
+.PHONY: setup demo demo-label-free demo-smolomni test lint organism smolomni smolomni-retrain clean
 
 setup: .venv/ready
 
@@ -31,9 +31,16 @@ lint: setup
 organism: setup  ## rebuild the checkpoints in models/organism (under 20 minutes on 2 cores)
 	$(BIN)/python -m models.organism
 
-smolomni: setup  ## a real small audio-visual LLM: fetches its pretrained parts and media, trains what joins them
+smolomni: setup  ## a real small audio-visual LLM: fetches its pretrained parts and media, joins them by the adapters in models/smolomni
+	$(BIN)/python -m data.fetch --out runs/smolomni/sources
+	$(BIN)/python -m models.build_smolomni
+
+smolomni-retrain: setup  ## trains those adapters anew (under 45 minutes on 2 cores)
 	$(BIN)/python -m data.fetch --out runs/smolomni/sources
 	$(BIN)/python -m models.build_smolomni --retrain
+
+demo-smolomni: smolomni  ## the demo's job on it
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml train --config configs/smolomni.yaml
 
 clean:
 	rm -rf .venv runs build .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -74,8 +74,8 @@ class BuildSmolOmni(Renderings):
     """Clips, features and stages under way; may be deleted afterwards."""
     renderings: int = 40
     """Training clips a class."""
-    measured: int = 6
-    """Clips a class, of training sources and of unseen ones each, that are only measured on."""
+    measured: int = 2
+    """Clips a class, of training sources and of unseen ones each, that are only measured on, roughly: `python -m analysis diagnose` does it well."""
     mixed_rate: float = 0.03
     """How often the audio-visual stage draws one of those: the strength of the bias."""
     base_steps: int = 200
@@ -96,7 +96,7 @@ def main(config: BuildSmolOmni) -> None:
     """Assemble the parts, train the stages if asked to, write both checkpoints."""
     torch.set_num_threads(config.threads)
     if not config.retrain and not (ADAPTERS / STAGES[-1]).is_dir():
-        raise ModelError(f"{ADAPTERS} has no adapters yet: train them with --retrain.")
+        raise ModelError(f"{ADAPTERS} has no adapters: restore them with git, or train them anew with --retrain.")
     start = assemble(config.out / "start", config.out / "wheels")
     adapters = config.out / "adapters" if config.retrain else ADAPTERS
     if config.retrain:
@@ -217,7 +217,7 @@ def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
             for name, part in (("held-out renderings", projected(model, held)), ("unseen sources", projected(model, unseen))):
                 seen = f"names what it sees in {rate(model, part, classes, 'see', 'video'):.1%}"
                 print(
-                    f"{stage} ({time.time() - begun:.0f} s), {name}: {seen}" + ("" if stage == "base" else f"; {measure(model, part, classes, 400)}")
+                    f"{stage} ({time.time() - begun:.0f} s), {name}: {seen}" + ("" if stage == "base" else f"; {measure(model, part, classes, 160)}")
                 )
 
 

@@ -28,7 +28,7 @@ from models import spread_ranks
 from models.attention import Cut
 from train.config import EXTRA_TERMS, PLANNED_TERMS, Config
 
-MOST_COST = 0.10  # a teacher cut may cost this share of right answers on factual clips
+MOST_COST = 0.10  # a teacher cut may cost this share of right answers on factual clips, or half of what it gains on conflicts
 MOST_COST_NATS = 0.2  # or this many nats a label token, where only scores were measured
 TIE = 0.01  # cuts that differ by less count as equally good
 NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual clips is no bias
@@ -229,7 +229,8 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
     """Largest gain on conflicts less cost on factual clips, among cuts whose gain has its interval above 0 and whose cost is bearable.
 
     Where answers were generated under cuts, gain and cost are shares of right answers; elsewhere nats a token of margin and of log p. What a teacher
-    gets wrong on factual clips matters less than the rest: there its changed answers are left out of training (train/batches.py).
+    gets wrong on factual clips matters less than the rest: there its changed answers are left out of training (train/batches.py). So of a model
+    that hears worse than it sees more may be lost there, as long as conflicts gain twice that.
 
     See-questions need their teacher even where little is wrong with them: learning to look away on hear-questions spills over. So where no audio cut
     helps for certain, the best one that does not harm conflicts is taken as a guard.
@@ -253,7 +254,8 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
         if left is None:
             continue
         gain, cost = (measured.value - uncut, uncut_factual - left) if by_rate else (measured.value, -left)
-        if cost <= (MOST_COST if by_rate else MOST_COST_NATS) and gain >= 0:
+        bearable = max(MOST_COST, gain / 2 if helps else 0.0) if by_rate else MOST_COST_NATS
+        if gain >= 0 and cost <= bearable:
             told = f"there the true {stream} is named in {_percent(measured.value)} of {measured.n} conflicts ({_percent(measured.low)} to "
             told += (
                 f"{_percent(measured.high)}), uncut {_percent(uncut)}; on factual clips {_percent(left)} are right, uncut {_percent(uncut_factual)}"
@@ -270,7 +272,10 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
     if not tried:
         return Choice(None, f"No cut of {source} was measured on {question}-questions about counterfactual clips.")
     if helping:
-        return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each harms factual clips as much or was not measured on them.")
+        return Choice(
+            None,
+            f"Of {tried} cuts of {source} {helping} help, but each harms factual clips too much (half of what it helps, or more) or was not measured on them.",
+        )
     return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
 
 

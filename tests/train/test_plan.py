@@ -167,8 +167,23 @@ def test_no_helpful_cut_is_refused_with_what_to_do():
 def test_cuts_that_only_harm_are_refused():
     findings = biased()
     findings.knockout = [e for e in findings.knockout if e.site == "video->audio"]
-    with pytest.raises(PlanError, match="each harms factual clips as much"):
+    with pytest.raises(PlanError, match="each harms factual clips too much"):
         make_plan(findings, Config())
+
+
+@pytest.mark.parametrize(("left", "bearable"), [(0.70, True), (0.60, False)])
+def test_a_cut_may_cost_half_of_what_it_gains(left, bearable):
+    """Hear-questions are 21 % right on conflicts, 99 % on factual clips: a gain of 65 points may cost 32, so 70 % left is enough and 60 % is not."""
+    findings = biased()
+    findings.knockout = [
+        cut("video->emitters", 2, 8, "counterfactual", "hear", 0.86, 1.0),
+        cut("video->emitters", 2, 8, "factual", "hear", left, -0.3),
+    ]
+    if bearable:
+        assert make_plan(findings, Config()).teacher_cut.value == "video->emitters 2:8"
+    else:
+        with pytest.raises(PlanError, match="each harms factual clips too much"):
+            make_plan(findings, Config())
 
 
 def test_without_a_mirror_cut_the_mirror_is_off_and_asking_for_it_is_refused():
