@@ -272,10 +272,8 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
     if not tried:
         return Choice(None, f"No cut of {source} was measured on {question}-questions about counterfactual clips.")
     if helping:
-        return Choice(
-            None,
-            f"Of {tried} cuts of {source} {helping} help, but each harms factual clips too much (half of what it helps, or more) or was not measured on them.",
-        )
+        harms = "harms factual clips too much (half of what it helps, or more)"
+        return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each {harms} or was not measured on them.")
     return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
 
 
