@@ -48,6 +48,21 @@ from models.smolomni import SmolOmni
 
 ADAPTERS = Path(__file__).parent / "smolomni"
 STAGES = ("base", "avllm")
+CARD = """\
+---
+license: apache-2.0
+library_name: peft
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# SmolOmni, stage {stage}
+
+LoRA and projectors in float16, made by `python -m models.build_smolomni --retrain` of avbalance; only that repository can put them onto the model that
+they belong to (`make smolomni`). The media that they are trained on are listed in data/smolomni/sources.json with their licences.
+
+Biased on purpose: it describes sounds from what it sees. Not for use where somebody relies on what it says.
+
+Settings: {settings}
+"""
 PROJECTORS = {"videos": "visual.merger", "audios": "audio_tower.proj"}
 RENDER = RenderSettings(size=FRAME, fps=2.0)
 # What is asked without picture or sound, so that it does not forget how to answer; nothing that analysis/plain_text.py asks.
@@ -305,9 +320,7 @@ def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: s
     model.thinker.save_pretrained(unfinished)
     weights = unfinished / "adapter_model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    told = f"# SmolOmni, stage {stage}\n\nLoRA and projectors in float16, made by `python -m models.build_smolomni --retrain`.\n\n"
-    told += f"Settings: {json.dumps(_settings(config))}\n"
-    (unfinished / "README.md").write_text(told)
+    (unfinished / "README.md").write_text(CARD.format(stage=stage, settings=json.dumps(_settings(config))))
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(unfinished, folder)
 
