@@ -56,8 +56,8 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 # SmolOmni, stage {stage}
 
-LoRA and projectors in float16, made by `python -m models.build_smolomni --retrain` of avbalance; only that repository can put them onto the model that
-they belong to (`make smolomni`). The media that they are trained on are listed in data/smolomni/sources.json with their licences.
+LoRA and projectors in float16, made by `python -m models.build_smolomni --retrain` of avbalance; only that repository can put them onto the model
+that they belong to (`make smolomni`). The media that they are trained on are listed in data/smolomni/sources.json with their licences.
 
 Biased on purpose: it describes sounds from what it sees. Not for use where somebody relies on what it says.
 
