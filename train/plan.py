@@ -230,7 +230,7 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
 
     Where answers were generated under cuts, gain and cost are shares of right answers; elsewhere nats a token of margin and of log p. What a teacher
     gets wrong on factual clips matters less than the rest: there its changed answers are left out of training (train/batches.py). So of a model
-    that hears worse than it sees more may be lost there, as long as conflicts gain twice that.
+    that hears worse than it sees more than MOST_COST may be lost there, as long as conflicts gain twice that; point estimates decide.
 
     See-questions need their teacher even where little is wrong with them: learning to look away on hear-questions spills over. So where no audio cut
     helps for certain, the best one that does not harm conflicts is taken as a guard.
@@ -262,6 +262,8 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
             )
             if not by_rate:
                 told = f"it raises the margin of the true {stream} by {gain:.2f} nats a token and changes log p on factual clips by {left:+.2f}"
+            if by_rate and cost > MOST_COST:
+                told += f" (a loss of {_points(cost)}, borne because conflicts gain at least twice that)"
             (found if helps and gain > cost else guards).append((gain - max(cost, 0.0), _value(effect.delta_logprob) or 0.0, name, told))
     if found:
         top = max(found)
@@ -272,7 +274,8 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
     if not tried:
         return Choice(None, f"No cut of {source} was measured on {question}-questions about counterfactual clips.")
     if helping:
-        harms = "harms factual clips too much (half of what it helps, or more)"
+        most = f"{_percent(MOST_COST)} and than half of what it gains" if by_rate else f"{MOST_COST_NATS} nats a token"
+        harms = f"harms factual clips too much (by more than {most})"
         return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each {harms} or was not measured on them.")
     return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
 

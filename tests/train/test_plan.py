@@ -180,7 +180,8 @@ def test_a_cut_may_cost_half_of_what_it_gains(left, bearable):
         cut("video->emitters", 2, 8, "factual", "hear", left, -0.3),
     ]
     if bearable:
-        assert make_plan(findings, Config()).teacher_cut.value == "video->emitters 2:8"
+        teacher = make_plan(findings, Config()).teacher_cut
+        assert teacher.value == "video->emitters 2:8" and "a loss of 29 points, borne" in teacher.because
     else:
         with pytest.raises(PlanError, match="each harms factual clips too much"):
             make_plan(findings, Config())
