@@ -234,13 +234,13 @@ class Judge:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the towers give the decoder of known and of new sources, as a linear probe reads it, and how near to that the answers of findings come.
+    """What a linear probe reads of sound and picture before the decoder, on known and on new sources, and how near to that the answers come.
 
     The probe is fitted on the factual clips of the train split. Adapters leave towers alone, so one ceiling serves for before and after.
     """
 
     findings: Positional[tuple[Path, ...]]
-    """Findings of the test split of these clips, to be held against it; may be left out."""
+    """Findings of this model, with or without an adapter, on the test split of these clips; may be left out."""
     model: str
     """Folder of a checkpoint (or a hub id)."""
     clips: Path
@@ -249,21 +249,29 @@ class Ceiling:
     """Also write it as JSON."""
     device: str = "cpu"
     """Torch device, e.g. cuda."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model."""
 
     def run(self, console: Console) -> None:
         """Probe, show, write."""
+        import torch
+
         from analysis.ceiling import ceiling_table, ceilings, save
         from data.clips import load_clips
         from models import load_model
 
         if self.out is not None:
             _writable(self.out)
-        named = [(path.stem, Findings.load(path)) for path in self.findings]
         clips = load_clips(self.clips)
-        for path, (_, findings) in zip(self.findings, named, strict=True):
-            if findings.data_hash != clips.data_hash or findings.split not in ("test", "unseen"):
-                raise UsageError(f"{path} was measured on other clips than the test or the unseen split of {self.clips}.")
-        rows = ceilings(load_model(self.model, device=_device(self.device)), clips)
+        named = []
+        for path in self.findings:
+            found = Findings.load(path)
+            if found.data_hash != clips.data_hash or found.split != "test":
+                raise UsageError(f"{path} was measured on other clips than the test split of {self.clips}.")
+            if Path(found.model).resolve() != Path(self.model).resolve():
+                raise UsageError(f"{path} is of {found.model}, not of {self.model}, whose towers may let other things through.")
+            named.append((path.stem if len({p.stem for p in self.findings}) == len(self.findings) else str(path), found))
+        rows = ceilings(load_model(self.model, device=_device(self.device), dtype=getattr(torch, self.dtype)), clips)
         if self.out is not None:
             save(self.out, rows, named)
         console.print(ceiling_table(rows, named))

@@ -1,12 +1,12 @@
-"""How much of what is heard and seen the towers give the decoder at all: the ceiling that answers on new sources are to be held against.
+"""What a linear probe reads of sound and picture before the decoder: the mark that answers about new sources are to be held against.
 
     rows = ceilings(load_model("runs/smolomni/avllm"), load_clips("runs/smolomni/clips"))
     ceiling_table(rows, [("before", Findings.load("before.json"))])
 
 A linear probe (that of analysis/probing.py) on the mean of a stream's rows as they enter the decoder is fitted on the factual clips of the train
-split and tried on those of the test split, whose sources it knows and whose renderings it does not, and of the unseen split, whose sources are new.
-A model whose answers reach it has lost nothing on the way. It is a linear ceiling: the decoder may read the rows better than a probe of their mean
-does, so a ratio can be above 1.
+split and tried on those of the test split, whose sources it knows and whose renderings it does not, and of the unseen split, there only on clips of
+whose source the train split has nothing (some classes have one recording only). Answers are counted on clips chosen alike, as many as the findings
+asked about. A linear read-out of a mean is a lower bound of what is there: the decoder may read more, and a ratio can be above 1.
 
 Towers and projectors do not change in fine-tuning here, so one ceiling serves for before and after.
 """
@@ -17,74 +17,91 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from analysis.findings import Estimate, Findings
+from analysis.findings import Estimate, Findings, Sample
 from analysis.items import clip_clusters
 from analysis.probing import probe_predictions
-from analysis.statistics import Intervals
-from analysis.tables import percent, titled
+from analysis.statistics import Intervals, by_source
+from analysis.tables import counted, percent, titled
 from data.clips import Clip, Clips, DataError, Split
 from data.files import write_json
 from models import AVLLM
 
+Stream = Literal["audio", "video"]
 SPLITS: tuple[Split, ...] = ("test", "unseen")
-QUESTION_OF = {"audio": "hear", "video": "see"}
+CONDITIONS = ("factual", "counterfactual")
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Share of a split's factual clips whose class a linear probe reads from one stream's rows. learned: clips that the probe was fitted on."""
+    """Share of a split's factual clips whose class a linear probe reads from one stream's rows; classes without a training clip count as wrong.
 
-    stream: str
-    split: str
+    learned: clips that the probe was fitted on. known: their sources, of which no clip of the unseen split may be.
+    """
+
+    stream: Stream
+    split: Split
     accuracy: Estimate
     learned: int
+    known: frozenset[str]
+
+    def takes(self, item: Clip | Sample) -> bool:
+        """Whether a clip, or an answer about it, counts here."""
+        return self.split != "unseen" or _source(item, self.stream) not in self.known
+
+
+def _source(item: Clip | Sample, stream: Stream) -> str:
+    return item.audio_source if stream == "audio" else item.video_source
 
 
 def ceilings(model: AVLLM, clips: Clips, progress: bool = True) -> list[Ceiling]:
-    """One row a stream and split; splits without factual clips are left out. Raises DataError where there is nothing to fit or to try a probe on.
+    """One row a stream and split; a split without a clip that counts is left out. Raises DataError where there is nothing to fit or to try.
 
     Intervals are clustered by the stream's source.
     """
     learned = clips.select("train", "factual")
-    tried = {split: found for split in SPLITS if (found := clips.select(split, "factual"))}
-    if not learned or not tried:
+    tried = {split: clips.select(split, "factual") for split in SPLITS}
+    if not learned or not any(tried.values()):
         raise DataError(f"{clips.root}: a ceiling needs factual clips of the train split, and of the test or the unseen one.")
     everything = [*learned, *(clip for found in tried.values() for clip in found)]
     model.precompute(everything, clips.root, progress=progress)
     names = sorted({name for clip in everything for name in (clip.video_label, clip.audio_label)})
+    fold = np.arange(len(learned)), np.arange(len(learned), len(everything))
     out = []
-    for stream in QUESTION_OF:
+    for stream in get_args(Stream):
+        known = frozenset(_source(clip, stream) for clip in learned)
         states = np.stack([_mean(model, clip, clips.root, stream) for clip in everything])
         target = np.array([names.index(clip.audio_label if stream == "audio" else clip.video_label) for clip in everything])
-        fold = np.arange(len(learned)), np.arange(len(learned), len(everything))
-        right = probe_predictions(states, [target], [fold], len(names))[0] == target
-        start = len(learned)
-        for split, found in tried.items():
-            here = right[start : start + len(found)]
-            clusters = clip_clusters(found, video=stream == "video", audio=stream == "audio")
-            out.append(Ceiling(stream, split, Intervals(clusters, len(found)).rates(here[:, None])[0], len(learned)))
-            start += len(found)
+        right = dict(zip((clip.id for clip in everything), probe_predictions(states, [target], [fold], len(names))[0] == target, strict=True))
+        for split in SPLITS:
+            row = Ceiling(stream, split, Estimate(None, None, None, 0, 0), len(learned), known)
+            if counts := [clip for clip in tried[split] if row.takes(clip)]:
+                intervals = Intervals(clip_clusters(counts, video=stream == "video", audio=stream == "audio"), len(counts))
+                out.append(dataclasses.replace(row, accuracy=intervals.rates([[right[clip.id]] for clip in counts])[0]))
     return out
 
 
-def _mean(model: AVLLM, clip: Clip, root: Path, stream: str) -> NDArray:
+def _mean(model: AVLLM, clip: Clip, root: Path, stream: Stream) -> NDArray:
     """Mean of the stream's rows, (H,)."""
-    media = model.media(clip, root, video=stream == "video", audio=stream == "audio")
-    features: Any = getattr(media, stream)
-    return features.features.float().mean(0).cpu().numpy()
+    media: Any = model.media(clip, root, video=stream == "video", audio=stream == "audio")
+    return getattr(media, stream).features.float().mean(0).cpu().numpy()
 
 
 def answered(findings: Findings, row: Ceiling) -> dict[str, Estimate | None]:
-    """Right answers of a model to the question about that stream in that split, by condition: factual and counterfactual."""
-    prefix = "" if row.split == findings.split else f"{row.split}_"
-    rows = {name: findings.following_rate(f"{prefix}{name}", QUESTION_OF[row.stream]) for name in ("factual", "counterfactual")}
-    return {name: None if found is None else found.correct for name, found in rows.items()}
+    """Right answers of a model to the question about that stream in that split, by condition: factual and counterfactual. None: not asked."""
+    question, out = "hear" if row.stream == "audio" else "see", dict[str, Estimate | None]()
+    for condition in CONDITIONS:
+        named = condition if row.split == "test" else f"{row.split}_{condition}"
+        asked = [s for s in findings.samples if (s.condition, s.modality) == (named, question) and row.takes(s)]
+        right = "vision" if (condition, question) == ("counterfactual", "see") else "audio"  # where both labels agree, "audio" is the right one
+        intervals = Intervals(by_source([s.video_source for s in asked], [s.audio_source for s in asked]), len(asked))
+        out[condition] = intervals.rates([[s.verdict == right] for s in asked])[0] if asked else None
+    return out
 
 
 def ratio(right: Estimate | None, row: Ceiling) -> float | None:
@@ -94,15 +111,20 @@ def ratio(right: Estimate | None, row: Ceiling) -> float | None:
 
 def ceiling_table(rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]]) -> Table:
     """Ceilings, and beside each what every one of the findings reaches and which share of the ceiling that is."""
-    out = titled("What the towers give the decoder, and what answers make of it", "stream, split", "linear probe", *(name for name, _ in named))
-    out.caption = "Right answers on factual clips; on conflicts; each with its share of the ceiling"
+    columns = "stream, split", "probe", "n (sources)", "answers on", *(name for name, _ in named)
+    out = titled("What a linear probe reads before the decoder, and what answers say", *columns)
     for row in rows:
-        cells = []
-        for _, findings in named:
-            told = [f"{percent(right)}, {share:.2f}" for right in answered(findings, row).values() if (share := ratio(right, row)) is not None]
-            cells.append("\n".join(told) or "–")
-        out.add_row(f"{row.stream}, {row.split}", percent(row.accuracy), *cells)
+        reached = [answered(findings, row) for _, findings in named]
+        for number, condition in enumerate(CONDITIONS if named else CONDITIONS[:1]):
+            first = (f"{row.stream}, {row.split}", percent(row.accuracy), counted(row.accuracy)) if number == 0 else ("", "", "")
+            out.add_row(*first, condition if named else "", *(_cell(each[condition], row) for each in reached))
+    out.caption = "Right answers, n (sources), and their share of the ceiling"
     return out
+
+
+def _cell(right: Estimate | None, row: Ceiling) -> str:
+    part = ratio(right, row)
+    return "–" if part is None else f"{percent(right)}, {counted(right)}: {part:.2f}"
 
 
 def save(path: Path, rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]]) -> None:
@@ -116,5 +138,5 @@ def save(path: Path, rows: Sequence[Ceiling], named: Sequence[tuple[str, Finding
             }
             for name, findings in named
         }
-        written.append(dataclasses.asdict(row) | {"answers": answers})
+        written.append(dataclasses.asdict(row) | {"known": len(row.known), "answers": answers})
     write_json(path, written)
