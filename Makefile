@@ -35,7 +35,7 @@ smolomni: setup  ## a real small audio-visual LLM: fetches its pretrained parts 
 	$(BIN)/python -m data.fetch --out runs/smolomni/sources
 	$(BIN)/python -m models.build_smolomni
 
-smolomni-retrain: setup  ## trains those adapters anew (about 45 minutes on 2 cores with --bfloat16)
+smolomni-retrain: setup  ## trains those adapters anew (under an hour on 2 cores)
 	$(BIN)/python -m data.fetch --out runs/smolomni/sources
 	$(BIN)/python -m models.build_smolomni --retrain
 

@@ -251,10 +251,11 @@ def _settings(config: BuildSmolOmni) -> dict[str, Any]:
 
 def _check_settings(config: BuildSmolOmni, adapters: Path) -> None:
     """Features and stages that were made with other settings would be taken up in silence. Raises ModelError where there are some."""
-    for folder in (config.work, adapters):
-        mark = folder / "settings.json"
+    marks = [folder / "settings.json" for folder in (config.work, adapters)]
+    for mark in marks:
         if mark.is_file() and json.loads(mark.read_text()) != _settings(config):
-            raise ModelError(f"{folder} was begun with other settings. Remove {config.work} and {adapters}, or name other folders.")
+            raise ModelError(f"{mark.parent} was begun with other settings. Remove {config.work} and {adapters}, or name other folders.")
+    for mark in marks:
         write_json(mark, _settings(config))
 
 
@@ -330,9 +331,8 @@ def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: s
     weights = unfinished / "adapter_model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     unused = {"measured", *(AUDIO_ONLY if stage == "base" else ())}
-    (unfinished / "README.md").write_text(
-        CARD.format(stage=stage, settings=json.dumps({k: v for k, v in _settings(config).items() if k not in unused}))
-    )
+    decisive = {k: v for k, v in _settings(config).items() if k not in unused}
+    (unfinished / "README.md").write_text(CARD.format(stage=stage, settings=json.dumps(decisive)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(unfinished, folder)
 

@@ -313,3 +313,6 @@ def test_work_begun_with_other_settings_is_not_taken_up(tmp_path):
     _check_settings(BuildSmolOmni(work=tmp_path, threads=1), tmp_path / "adapters")
     with pytest.raises(ModelError, match="other settings"):
         _check_settings(BuildSmolOmni(work=tmp_path, rank=3), tmp_path / "adapters")
+    with pytest.raises(ModelError, match="other settings"):  # the work is gone, its adapters are not
+        _check_settings(BuildSmolOmni(work=tmp_path / "new", rank=3), tmp_path / "adapters")
+    assert not (tmp_path / "new").exists()
