@@ -35,9 +35,12 @@ smolomni: setup  ## a real small audio-visual LLM: fetches its pretrained parts 
 	$(BIN)/python -m data.fetch --out runs/smolomni/sources
 	$(BIN)/python -m models.build_smolomni
 
+# bfloat16 halves the time where the processor has instructions for it, and only there
+BFLOAT16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo --bfloat16)
+
 smolomni-retrain: setup  ## trains those adapters anew (under an hour on 2 cores)
 	$(BIN)/python -m data.fetch --out runs/smolomni/sources
-	$(BIN)/python -m models.build_smolomni --retrain
+	$(BIN)/python -m models.build_smolomni --retrain $(BFLOAT16)
 
 demo-smolomni: smolomni  ## the demo's job on it
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train --config configs/smolomni.yaml

@@ -254,6 +254,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, at_once: int = 1, accelerate_config
     """Run what is not done, `at_once` at a time. A job that fails gets a `problem`. When this is interrupted the children are ended first."""
     waiting = [job for job in jobs if not is_done(job)]
     running: list[Job] = []
+    shown = ""
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="ablation", unit="run", dynamic_ncols=True)
     try:
         with _ended_by_signals():
@@ -268,7 +269,11 @@ def run_jobs(jobs: Sequence[Job], out: Path, at_once: int = 1, accelerate_config
                     if job.problem:
                         bar.write(f"{job.name} failed: {job.problem}", file=sys.stderr)
                     bar.update()
-                bar.set_postfix_str("; ".join(map(progress, running)) or ("another process works on these runs" if waiting else ""))
+                said = "; ".join(map(progress, running)) or ("another process works on these runs" if waiting else "")
+                stages = said if sys.stderr.isatty() else re.sub(r"step \d+", "step", said)  # a log gets a line a stage
+                if stages != shown:
+                    bar.set_postfix_str(said)
+                shown = stages
                 time.sleep(0.5)
     finally:
         _end(running)

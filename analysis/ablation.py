@@ -127,6 +127,7 @@ class Run:
     parameters: int | None
     checkpoint: str
     code: tuple[str, ...] = ()  # versions of the code that worked on it
+    weights: str = ""  # hash of the model before training; empty where the run did not write it down
 
 
 def read_run(folder: str | os.PathLike, seed: int) -> Run:
@@ -142,7 +143,8 @@ def read_run(folder: str | os.PathLike, seed: int) -> Run:
         with safe_open(weights, "np") as file:
             parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
     code = tuple(line.strip() for line in _lines(folder / "code.txt"))
-    return Run(seed, str(folder), before, after, sum(seconds) / 60 if seconds else None, parameters, checkpoint, code)
+    begun_with = "".join(_lines(folder / "weights.txt")).strip()
+    return Run(seed, str(folder), before, after, sum(seconds) / 60 if seconds else None, parameters, checkpoint, code, begun_with)
 
 
 def _lines(path: Path) -> list[str]:
@@ -173,7 +175,10 @@ def compare_arms(
         result.left_out.append(f"No run of the reference arm {reference} is there, so arms are not compared with it.")
     for name, done in there.items():
         after = [run.after for run in done]
-        if reasons := [r for run in done for r in (*differences(first.before, run.before), *differences(first.before, run.after))]:
+        reasons = [r for run in done for r in (*differences(first.before, run.before), *differences(first.before, run.after))]
+        others = [run.seed for run in done if run.weights and first.weights and run.weights != first.weights]
+        reasons += [f"seed {seed} began with other weights" for seed in others]
+        if reasons:
             result.left_out.append(f"{name} was not measured like the first arm ({reasons[0]}), so it is not compared with others.")
         if standard and (mine := [run.seed for run in done]) != seeds:
             result.left_out.append(f"{name} has seeds {_listed(mine)}, {reference} {_listed(seeds)}: they are compared all the same.")

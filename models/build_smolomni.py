@@ -7,8 +7,9 @@ The parts are SmolLM2-135M-Instruct, Whisper tiny's encoder and EfficientNet-lit
 in which real audio-visual LLMs are made, and the bias comes out of that order:
 
 1. base: video only, captions that also name the sound which the picture suggests, as web captions do. Kept as the base for token shift;
-2. audio-visual: factual clips only, in a few of which another sound is louder than that of the thing in view, while the caption names what is seen;
-   as many sounds alone; a few clips without sound or without picture. Audio is understood, but the picture is the safer guide.
+2. audio-visual: first sounds alone, which align the audio tower; then factual clips, in a few of which another sound is louder than that of the thing
+   in view, while the caption names what is seen; as many sounds alone; a few clips without sound or without picture. Audio is understood, but the
+   picture is the safer guide.
 
 Both stages train LoRA on the language model and the projectors of what they show it, and end as PEFT adapters, the second on top of the first.
 A stage that is killed goes on where it was.
@@ -49,7 +50,7 @@ from models.smolomni import SmolOmni
 
 ADAPTERS = Path(__file__).parent / "smolomni"
 STAGES = ("base", "avllm")
-AUDIO_ONLY = ("av_steps", "mixed_rate", "sounds", "bare")  # settings that the first stage does not depend on
+AUDIO_ONLY = ("hearing_steps", "av_steps", "mixed_rate", "sounds", "bare")  # settings that the first stage does not depend on
 CARD = """\
 ---
 license: apache-2.0
@@ -96,7 +97,10 @@ class BuildSmolOmni(Renderings):
     mixed_rate: float = 0.05
     """How often the audio-visual stage draws a clip with another, louder sound: the strength of the bias."""
     base_steps: int = 200
+    hearing_steps: int = 80
+    """The first steps of the audio-visual stage: four times `sounds` sounds alone, and a picture alone."""
     av_steps: int = 160
+    """The other steps of it."""
     batch: int = 6
     """Clips a step; each is asked what is seen, what is heard, and both."""
     sounds: int = 6
@@ -219,7 +223,7 @@ def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
     classes = load_sources(config.sources)
     learned, held, unseen = (streams(config, model, classes, part) for part in ("train", "measured", "unseen"))
     print(f"{len(classes)} classes, {len(learned.label)} clips; towers done after {time.time() - begun:.0f} s")
-    below, steps = start, {"base": config.base_steps, "avllm": config.av_steps}
+    below, steps = start, {"base": config.base_steps, "avllm": config.hearing_steps + config.av_steps}
     for number, stage in enumerate(STAGES):
         if not (adapters / stage / "adapter_config.json").is_file():
             model = load_model(below)
@@ -265,7 +269,7 @@ def run_stage(
     name: str,
     number: int,
     steps: int,
-    draw: Callable[[np.random.Generator], list[Example]],
+    draw: Callable[[int, np.random.Generator], list[Example]],
     plain: list[tuple[str, str]],
 ) -> None:
     """Cross-entropy on answers; trains LoRA and projectors, one-cycle AdamW. State is kept in <work>/<name>.safetensors every 20 steps."""
@@ -284,7 +288,7 @@ def run_stage(
         rng = np.random.default_rng([config.seed, number, step])
         torch.manual_seed(int(rng.integers(2**31)))
         text, said = plain[rng.integers(len(plain))]
-        batch = model.batch([*draw(rng), model.sequence(Media(None, None), text, said)])
+        batch = model.batch([*draw(step, rng), model.sequence(Media(None, None), text, said)])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
             logits = model.forward(batch)
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
@@ -345,7 +349,9 @@ def _asked(model: SmolOmni, rng: np.random.Generator, media: Media, asks: Sequen
         yield model.sequence(media, QUESTIONS[modality][wording], *answer(modality, seen, heard, style))
 
 
-def base_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes: list[SourceClass], rng: np.random.Generator) -> list[Example]:
+def base_examples(
+    config: BuildSmolOmni, model: SmolOmni, found: Streams, classes: list[SourceClass], step: int, rng: np.random.Generator
+) -> list[Example]:
     """Video only: what is seen, and the sound that the picture suggests."""
     chosen = rng.choice(len(found.label), config.batch, replace=False)
     videos = _project(model, "videos", [found.videos[i] for i in chosen], config.noise)
@@ -356,23 +362,30 @@ def base_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classe
     return out
 
 
-def av_examples(config: BuildSmolOmni, model: SmolOmni, found: Streams, classes: list[SourceClass], rng: np.random.Generator) -> list[Example]:
-    """Factual clips, a few with another sound on top; sounds alone; a few clips that lack what they are asked about."""
+def av_examples(
+    config: BuildSmolOmni, model: SmolOmni, found: Streams, classes: list[SourceClass], step: int, rng: np.random.Generator
+) -> list[Example]:
+    """At first sounds alone, and a picture alone, so that seeing is not forgotten. Then factual clips, a few with another sound on top; sounds alone;
+    a few clips that lack what they are asked about."""
     clear, mixed = np.flatnonzero(~found.mixed), np.flatnonzero(found.mixed)
-    chosen = [int(rng.choice(mixed if rng.random() < config.mixed_rate else clear)) for _ in range(config.batch)]
-    alone = rng.choice(clear, config.sounds, replace=config.sounds > len(clear)).tolist()
+    hearing = step < config.hearing_steps
+    clips, sounds = (1, 4 * config.sounds) if hearing else (config.batch, config.sounds)
+    chosen = [int(rng.choice(mixed if rng.random() < config.mixed_rate else clear)) for _ in range(clips)]
+    alone = rng.choice(clear, sounds, replace=sounds > len(clear)).tolist()
     videos = _project(model, "videos", [found.videos[i] for i in chosen], config.noise)
     audios = _project(model, "audios", [found.audios[i] for i in [*chosen, *alone]], config.noise)
     out: list[Example] = []
     for i, video, audio in zip(chosen, videos, audios, strict=False):
         kind = classes[found.label[i]]
-        if found.mixed[i] or rng.random() >= config.bare:
+        if hearing:
+            out += _asked(model, rng, Media(video, None), ("see",), kind.seen, kind.heard)
+        elif found.mixed[i] or rng.random() >= config.bare:
             out += _asked(model, rng, Media(video, audio), MODALITIES, kind.seen, kind.heard)
         elif rng.random() < 0.5:
             out += _asked(model, rng, Media(video, None), ("hear", "both"), kind.seen, "")
         else:
             out += _asked(model, rng, Media(None, audio), ("see", "both"), "", kind.heard)
-    for i, audio in zip(alone, audios[config.batch :], strict=True):
+    for i, audio in zip(alone, audios[clips:], strict=True):
         kind = classes[found.label[i]]
         out += _asked(model, rng, Media(None, audio), ("hear",), kind.seen, kind.heard)
     return out

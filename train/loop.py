@@ -5,7 +5,7 @@
 Every stage leaves a file in the run folder, written last and atomically, so its presence means that the stage is done; the same command started again
 goes on after the last one:
 
-    config.yaml  code.txt  findings/plan.json  plan.json  findings/before.json  findings/selection.json
+    config.yaml  code.txt  weights.txt  findings/plan.json  plan.json  findings/before.json  findings/selection.json
     metrics.jsonl  checkpoints/step_000050/{adapter,state,manifest.json,findings.json}  best.json  findings/after.json  comparison.json  report.html
 
 A step depends on the settings, its number and the parameters only (batches, dropout and learning rate are functions of it), so a run that was
@@ -41,7 +41,7 @@ from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
 from analysis.trajectory import headline
-from analysis.work import code_hash
+from analysis.work import code_hash, weights_hash
 from data.build import build
 from data.clips import Clips, DataError, load_clips
 from data.files import read_jsonl, write_json, write_text
@@ -120,6 +120,7 @@ def run(config: Config) -> Path:
         clips = open_clips(config)
 
     model = load_model(config.model.path, device=accelerator.device, dtype=getattr(torch, config.model.dtype))
+    check_weights(folder / "weights.txt", model, main_process)
     sample = clips.select("train", "factual")[:1] or training_clips(clips, config.data.train_on)[:1]
     self_check(model, model.media(sample[0], clips.root), question("hear"))
 
@@ -374,6 +375,18 @@ def note_code(path: Path) -> None:
     now = code_hash("data", "models", "analysis", "train")
     if lines[-1:] != [now]:
         write_text(path, "\n".join([*lines, now]) + "\n")
+
+
+def check_weights(path: Path, model: AVLLM, main_process: bool) -> None:
+    """Raise TrainError where the run was begun with other weights under the same path; write down their hash where it begins."""
+    now = weights_hash(model)
+    if path.exists() and path.read_text(encoding="utf-8").strip() != now:
+        raise TrainError(
+            f"{model.path} has other weights than when the run in {path.parent} was begun, so neither its findings nor its checkpoints fit. "
+            "Put the old weights back to go on with it, choose another --run.folder to keep it, or give --run.overwrite to delete it."
+        )
+    if main_process:
+        write_text(path, now + "\n")
 
 
 def open_clips(config: Config) -> Clips:

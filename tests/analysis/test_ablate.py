@@ -59,8 +59,8 @@ def found(hear=ALL, see=ALL, hear_factual=ALL, see_factual=ALL, sound=None, pict
     return dataclasses.replace(made, **changes)
 
 
-def run(after, seed=0, before=None, minutes=2.0, code=("a",)):
-    return Run(seed, f"runs/x/seed_{seed}", before or found(hear=NONE), after, minutes, 1000, "step_000002", code)
+def run(after, seed=0, before=None, minutes=2.0, code=("a",), weights=""):
+    return Run(seed, f"runs/x/seed_{seed}", before or found(hear=NONE), after, minutes, 1000, "step_000002", code, weights)
 
 
 def compared(**runs):
@@ -149,6 +149,9 @@ def test_what_cannot_be_compared_is_said():
     assert unlike.left_out == ["other has seeds 0, plan 0, 1: they are compared all the same."]
     newer = compared(plan=[run(found(), 0), run(found(), 1, code=("a", "b"))], other=[run(found(), 0), run(found(), 1)])
     assert newer.left_out == ["Not all runs were made by the same code; other than most: plan seed 1. Delete them and they are run again."]
+    retrained = compared(plan=[run(found(), weights="old")], other=[run(found(), weights="new")], older=[run(found())])
+    assert retrained.left_out == ["other was not measured like the first arm (seed 0 began with other weights), so it is not compared with others."]
+    assert [row.measures["hear_conflicts"].difference is None for row in retrained.arms] == [True, True, False]
     result = compare_arms("t", "", "plan", {"plan": ("", {}), "other": ("", {})}, {"other": [run(found())]})
     assert [row.arm for row in result.arms] == ["other"] and "No run of the reference arm plan" in result.left_out[0]
 

@@ -13,8 +13,11 @@ from torch import nn
 
 from analysis.plain_text import PASSAGES, QUESTIONS
 from data.media import read_audio, read_video
+from data.sources import load_sources
 from models import Media, ModelError, load_model
-from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, join, keep, resume
+from models.avllm import StreamFeatures
+from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, join, keep, resume
+from models.organism import Streams
 from models.pretrained import (
     AUDIO_FILE,
     SENTENCE_FILES,
@@ -295,6 +298,30 @@ def test_a_stage_goes_on_as_if_it_had_not_been_stopped(tmp_path):
     steps(*rest, done, 8)
     assert done == 5 and torch.equal(whole[0], rest[0])
     assert resume(tmp_path / "none.safetensors", {"p": rest[0]}, rest[1], rest[2]) == 0
+
+
+def test_sounds_alone_come_before_clips(smol):
+    """What the audio-visual stage shows: first sounds and one picture, each alone; then clips with three questions each, and sounds alone."""
+    random = torch.Generator().manual_seed(0)
+    sizes = {name: smol._model.get_submodule(name).in_features for name in ("visual.merger", "audio_tower.proj")}
+    label, mixed = np.arange(12) % 3, np.arange(12) == 5
+    videos = [StreamFeatures(torch.randn(49, sizes["visual.merger"], generator=random), (1, 14, 14)) for _ in label]
+    audios = [StreamFeatures(torch.randn(50, sizes["audio_tower.proj"], generator=random), (100,)) for _ in label]
+    found, classes = Streams([], label, mixed, videos, audios), load_sources()[:3]
+    config = BuildSmolOmni(hearing_steps=3, batch=2, sounds=2, bare=0.0, mixed_rate=1.0)
+
+    def shown(step):
+        with torch.no_grad():
+            made = av_examples(config, smol, found, classes, step, np.random.default_rng(0))
+        said = [smol.tokenizer.decode([t for t in e.suffix.targets.tolist() if t >= 0]) for e in made]
+        return [("v" * (e.media.video is not None) + "a" * (e.media.audio is not None), text) for e, text in zip(made, said, strict=True)]
+
+    early, late = shown(2), shown(3)
+    assert [streams for streams, _ in early] == ["v"] + ["a"] * 8
+    assert [streams for streams, _ in late] == ["va"] * 6 + ["a"] * 2
+    louder = classes[label[5]]  # the clip with another sound on top: the caption names what is seen
+    assert all(louder.seen in text or louder.heard in text for _, text in late[:6])
+    assert any(c.seen in early[0][1] for c in classes) and all(any(c.heard in text for c in classes) for _, text in early[1:])
 
 
 def test_plain_text_that_is_trained_on_is_not_what_language_is_measured_by():

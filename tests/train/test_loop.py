@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import train.checkpoints
 import train.loop
@@ -173,6 +174,23 @@ def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, t
     assert "schedule.lr was 0.002 and is now 1e-05" in capsys.readouterr().err
     assert main([*arguments, "--schedule.lr", "1e-5", "--run.overwrite", "--model.path", "/no/such/model"]) == 1  # stops later, at the model
     assert not stale.exists() and "no such model folder" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_path_are_refused(arguments, tmp_path, capsys, monkeypatch):
+    """A model that was trained anew in place: a run taken up again would mix two models."""
+    assert main(arguments) == 0
+    real = train.loop.load_model
+
+    def retrained(*args, **kwargs):
+        model = real(*args, **kwargs)
+        with torch.no_grad():
+            next(model.thinker.parameters())[:1] += 1
+        return model
+
+    monkeypatch.setattr(train.loop, "load_model", retrained)
+    assert main(arguments) == 1
+    assert "has other weights than when the run in" in capsys.readouterr().err
+    assert main([*arguments, "--run.overwrite"]) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys):
