@@ -7,7 +7,7 @@ The parts are SmolLM2-135M-Instruct, Whisper tiny's encoder and EfficientNet-lit
 in which real audio-visual LLMs are made, and the bias comes out of that order:
 
 1. base: video only, captions that also name the sound which the picture suggests, as web captions do. Kept as the base for token shift;
-2. audio-visual: first sounds alone, which align the audio tower; then factual clips, in a few of which another sound is louder than that of the thing
+2. audio-visual: first sounds alone, which align the audio tower; then factual clips, in some of which another sound is louder than that of the thing
    in view, while the caption names what is seen; as many sounds alone; a few clips without sound or without picture. Audio is understood, but the
    picture is the safer guide.
 
@@ -94,12 +94,12 @@ class BuildSmolOmni(Renderings):
     """Training clips a class."""
     measured: int = 2
     """Clips a class, of training sources and of unseen ones each, that are only measured on, roughly: `python -m analysis diagnose` does it well."""
-    mixed_rate: float = 0.05
+    mixed_rate: float = 0.15
     """How often the audio-visual stage draws a clip with another, louder sound: the strength of the bias."""
     base_steps: int = 200
     hearing_steps: int = 80
-    """The first steps of the audio-visual stage: four times `sounds` sounds alone, and a picture alone."""
-    av_steps: int = 160
+    """The first steps of the audio-visual stage: three times `sounds` sounds alone, and a picture alone."""
+    av_steps: int = 140
     """The other steps of it."""
     batch: int = 6
     """Clips a step; each is asked what is seen, what is heard, and both."""
@@ -288,16 +288,22 @@ def run_stage(
         rng = np.random.default_rng([config.seed, number, step])
         torch.manual_seed(int(rng.integers(2**31)))
         text, said = plain[rng.integers(len(plain))]
-        batch = model.batch([*draw(step, rng), model.sequence(Media(None, None), text, said)])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
-            logits = model.forward(batch)
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+        examples = [*draw(step, rng), model.sequence(Media(None, None), text, said)]
+        tokens = sum(len(e.suffix.targets) for e in examples)
         optimizer.zero_grad()
-        loss.backward()
+        loss = 0.0
+        for half in (examples[: len(examples) // 2], examples[len(examples) // 2 :]):  # one after the other, for memory
+            batch = model.batch(half)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
+                logits = model.forward(batch)
+            part = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
+            part.backward(retain_graph=half[-1] is not examples[-1])  # both came through one pass of the projectors
+            loss += part.item()
+            del batch, logits, part
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % 20 == 0 or step + 1 == steps:
             keep(state, step + 1, trained, optimizer)
 
@@ -369,7 +375,7 @@ def av_examples(
     a few clips that lack what they are asked about."""
     clear, mixed = np.flatnonzero(~found.mixed), np.flatnonzero(found.mixed)
     hearing = step < config.hearing_steps
-    clips, sounds = (1, 4 * config.sounds) if hearing else (config.batch, config.sounds)
+    clips, sounds = (1, 3 * config.sounds) if hearing else (config.batch, config.sounds)
     chosen = [int(rng.choice(mixed if rng.random() < config.mixed_rate else clear)) for _ in range(clips)]
     alone = rng.choice(clear, sounds, replace=sounds > len(clear)).tolist()
     videos = _project(model, "videos", [found.videos[i] for i in chosen], config.noise)
