@@ -169,16 +169,19 @@ def compare_arms(
         usual = by_code.most_common(1)[0][0]
         odd = [f"{name} seed {run.seed}" for name, done in there.items() for run in done if set(run.code) != {usual}]
         result.left_out.append(f"Not all runs were made by the same code; other than most: {', '.join(odd)}. Delete them and they are run again.")
-    standard = [run.after for run in there.get(reference, ())]
+
+    def unlike(done: Sequence[Run]) -> list[str]:
+        """Why these runs cannot be compared with the first one."""
+        reasons = [r for run in done for r in (*differences(first.before, run.before), *differences(first.before, run.after))]
+        return reasons + [f"seed {run.seed} began with other weights" for run in done if run.weights and first.weights not in ("", run.weights)]
+
+    standard = [] if unlike(there.get(reference, ())) else [run.after for run in there.get(reference, ())]
     seeds = [run.seed for run in there.get(reference, ())]
-    if not standard:
+    if not seeds:
         result.left_out.append(f"No run of the reference arm {reference} is there, so arms are not compared with it.")
     for name, done in there.items():
         after = [run.after for run in done]
-        reasons = [r for run in done for r in (*differences(first.before, run.before), *differences(first.before, run.after))]
-        others = [run.seed for run in done if run.weights and first.weights and run.weights != first.weights]
-        reasons += [f"seed {seed} began with other weights" for seed in others]
-        if reasons:
+        if reasons := unlike(done):
             result.left_out.append(f"{name} was not measured like the first arm ({reasons[0]}), so it is not compared with others.")
         if standard and (mine := [run.seed for run in done]) != seeds:
             result.left_out.append(f"{name} has seeds {_listed(mine)}, {reference} {_listed(seeds)}: they are compared all the same.")

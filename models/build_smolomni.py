@@ -288,24 +288,28 @@ def run_stage(
         rng = np.random.default_rng([config.seed, number, step])
         torch.manual_seed(int(rng.integers(2**31)))
         text, said = plain[rng.integers(len(plain))]
-        examples = [*draw(step, rng), model.sequence(Media(None, None), text, said)]
-        tokens = sum(len(e.suffix.targets) for e in examples)
         optimizer.zero_grad()
-        loss = 0.0
-        for half in (examples[: len(examples) // 2], examples[len(examples) // 2 :]):  # one after the other, for memory
-            batch = model.batch(half)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
-                logits = model.forward(batch)
-            part = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
-            part.backward(retain_graph=half[-1] is not examples[-1])  # both came through one pass of the projectors
-            loss += part.item()
-            del batch, logits, part
+        loss = backward(model, [*draw(step, rng), model.sequence(Media(None, None), text, said)], config.bfloat16)
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % 20 == 0 or step + 1 == steps:
             keep(state, step + 1, trained, optimizer)
+
+
+def backward(model: SmolOmni, examples: list[Example], bfloat16: bool) -> float:
+    """Mean cross-entropy over all answer tokens, in nats; its gradients are added up in two halves, which takes half the memory of one batch."""
+    tokens, loss, middle = sum(len(e.suffix.targets) for e in examples), 0.0, len(examples) // 2
+    for half in (examples[:middle], examples[middle:]):
+        batch = model.batch(half)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            logits = model.forward(batch)
+        part = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
+        part.backward(retain_graph=half[-1] is not examples[-1])  # both came through one pass of the projectors
+        loss += part.item()
+        del batch, logits, part
+    return loss
 
 
 def keep(path: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

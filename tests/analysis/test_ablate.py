@@ -152,6 +152,8 @@ def test_what_cannot_be_compared_is_said():
     retrained = compared(plan=[run(found(), weights="old")], other=[run(found(), weights="new")], older=[run(found())])
     assert retrained.left_out == ["other was not measured like the first arm (seed 0 began with other weights), so it is not compared with others."]
     assert [row.measures["hear_conflicts"].difference is None for row in retrained.arms] == [True, True, False]
+    mixed = compared(plan=[run(found(), 0, weights="new"), run(found(), 1, weights="old")], other=[run(found(), 0, weights="new")])
+    assert mixed.arms[1].measures["hear_conflicts"].difference is None and "plan was not measured like" in mixed.left_out[0]
     result = compare_arms("t", "", "plan", {"plan": ("", {}), "other": ("", {})}, {"other": [run(found())]})
     assert [row.arm for row in result.arms] == ["other"] and "No run of the reference arm plan" in result.left_out[0]
 

@@ -3,6 +3,7 @@
 import os
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from data.media import read_audio, read_video
 from data.sources import load_sources
 from models import Media, ModelError, load_model
 from models.avllm import StreamFeatures
-from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, join, keep, resume
+from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, backward, join, keep, resume
 from models.organism import Streams
 from models.pretrained import (
     AUDIO_FILE,
@@ -298,6 +299,28 @@ def test_a_stage_goes_on_as_if_it_had_not_been_stopped(tmp_path):
     steps(*rest, done, 8)
     assert done == 5 and torch.equal(whole[0], rest[0])
     assert resume(tmp_path / "none.safetensors", {"p": rest[0]}, rest[1], rest[2]) == 0
+
+
+def test_two_halves_have_the_gradients_of_one_batch(smol_folder, smol_media):
+    """Also through a projector that both came through at once."""
+    model = load_model(smol_folder)
+    weight = nn.Parameter(torch.eye(smol_media.audio.features.shape[1]))
+    trained = [weight, model.text_model.layers[1].mlp.up_proj.weight]
+    trained[1].requires_grad_(True)
+    said = ("I hear a dog.", "I hear a dog barking at a train.", "I see rain.", "I hear nothing.", "I hear a bell.")
+
+    def examples():
+        audio = replace(smol_media.audio, features=smol_media.audio.features @ weight)
+        return [model.sequence(Media(None, audio), "What do you hear?", text) for text in said]
+
+    batch = model.batch(examples())
+    whole = nn.functional.cross_entropy(model.forward(batch).flatten(0, 1), batch.targets.flatten())
+    expected = torch.autograd.grad(whole, trained)
+    for parameter in trained:
+        parameter.grad = None
+    assert backward(model, examples(), False) == pytest.approx(whole.item(), rel=1e-5)
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_sounds_alone_come_before_clips(smol):
