@@ -103,7 +103,7 @@ class BuildSmolOmni(Renderings):
     """The other steps of it."""
     batch: int = 6
     """Clips a step; each is asked what is seen, what is heard, and both."""
-    sounds: int = 6
+    sounds: int = 10
     """Further clips a step in the audio-visual stage, without their picture, asked what is heard."""
     bare: float = 0.02
     """Share of clips in it that lack a stream which they are asked about: the answer is nothing."""
@@ -299,17 +299,35 @@ def run_stage(
 
 
 def backward(model: SmolOmni, examples: list[Example], bfloat16: bool) -> float:
-    """Mean cross-entropy over all answer tokens, in nats; its gradients are added up in two halves, which takes half the memory of one batch."""
-    tokens, loss, middle = sum(len(e.suffix.targets) for e in examples), 0.0, len(examples) // 2
-    for half in (examples[:middle], examples[middle:]):
-        batch = model.batch(half)
+    """Mean cross-entropy over all answer tokens, in nats; its gradients are added up in two parts, which takes half the memory of one batch."""
+    tokens, loss = sum(len(e.suffix.targets) for e in examples), 0.0
+    longer, shorter = halves(examples)
+    for part in filter(None, (longer, shorter)):
+        batch = model.batch(part)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             logits = model.forward(batch)
-        part = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
-        part.backward(retain_graph=half[-1] is not examples[-1])  # both came through one pass of the projectors
-        loss += part.item()
-        del batch, logits, part
+        mean = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
+        mean.backward(retain_graph=part is longer)  # both came through one pass of the projectors
+        loss += mean.item()
+        del batch, logits, mean
     return loss
+
+
+def halves(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Longer and shorter sequences, cut where the larger part, padded, is smallest: a sound alone is not padded to the length of a clip. Examples
+    about the same streams stay together, since they share a sequence."""
+    shared: dict[tuple[int, int], list[Example]] = {}
+    for e in examples:
+        shared.setdefault((id(e.media.video), id(e.media.audio)), []).append(e)
+    sized = []
+    for sequence in shared.values():
+        media = sum(s.features.shape[0] for s in (sequence[0].media.video, sequence[0].media.audio) if s is not None)
+        sized.append((media + sum(len(e.suffix.ids) for e in sequence), sequence))
+    sized.sort(key=lambda pair: -pair[0])
+    count = len(sized)
+    at = min(range(1, count + 1), key=lambda n: max(n * sized[0][0], (count - n) * sized[n][0] if n < count else 0))
+    longer, shorter = ([e for _, sequence in part for e in sequence] for part in (sized[:at], sized[at:]))
+    return longer, shorter
 
 
 def keep(path: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -17,7 +17,7 @@ from data.media import read_audio, read_video
 from data.sources import load_sources
 from models import Media, ModelError, load_model
 from models.avllm import StreamFeatures
-from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, backward, join, keep, resume
+from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, backward, halves, join, keep, resume
 from models.organism import Streams
 from models.pretrained import (
     AUDIO_FILE,
@@ -310,9 +310,13 @@ def test_two_halves_have_the_gradients_of_one_batch(smol_folder, smol_media):
     said = ("I hear a dog.", "I hear a dog barking at a train.", "I see rain.", "I hear nothing.", "I hear a bell.")
 
     def examples():
-        audio = replace(smol_media.audio, features=smol_media.audio.features @ weight)
-        return [model.sequence(Media(None, audio), "What do you hear?", text) for text in said]
+        projected = smol_media.audio.features @ weight
+        sounds = [replace(smol_media.audio, features=projected) for _ in range(4)]
+        clip = Media(smol_media.video, sounds[0])
+        media = [Media(None, sounds[1]), clip, clip, Media(None, sounds[2]), Media(None, sounds[3])]
+        return [model.sequence(streams, "What do you hear?", text) for streams, text in zip(media, said, strict=True)]
 
+    assert [len(part) for part in halves(examples())] == [2, 3]
     batch = model.batch(examples())
     whole = nn.functional.cross_entropy(model.forward(batch).flatten(0, 1), batch.targets.flatten())
     expected = torch.autograd.grad(whole, trained)
@@ -321,6 +325,18 @@ def test_two_halves_have_the_gradients_of_one_batch(smol_folder, smol_media):
     assert backward(model, examples(), False) == pytest.approx(whole.item(), rel=1e-5)
     for parameter, gradient in zip(trained, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_halves_by_hand(smol, smol_media):
+    """Two clips of three questions and three sounds: both clips go together though that is six examples against three; equal ones are halved."""
+    sounds = [replace(smol_media.audio) for _ in range(5)]
+    clips = [Media(smol_media.video, sound) for sound in sounds[:2]]
+    asked = [[smol.sequence(Media(None, sound), "What do you hear?", "I hear rain.")] for sound in sounds[2:]]
+    mixed = [*asked[0], *(smol.sequence(clip, "What?", text) for clip in clips for text in ("A.", "B.", "C.")), *asked[1], *asked[2]]
+    longer, shorter = halves(mixed)
+    assert longer == mixed[1:7] and shorter == [mixed[0], *mixed[7:]]
+    assert halves([asked[0][0], asked[1][0]]) == (asked[0], asked[1])
+    assert halves(asked[0]) == (asked[0], [])
 
 
 def test_sounds_alone_come_before_clips(smol):
