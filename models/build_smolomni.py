@@ -44,7 +44,7 @@ from data.render import RenderSettings
 from data.sources import SourceClass, load_sources
 from models.avllm import Example, Media, ModelError, StreamFeatures
 from models.load import load_model
-from models.organism import Renderings, Streams, encode_all, measure, rate, render_streams
+from models.organism import Renderings, Streams, encode_all, render_streams
 from models.pretrained import FRAME, assemble, sentence_model
 from models.smolomni import SmolOmni
 
@@ -92,8 +92,6 @@ class BuildSmolOmni(Renderings):
     """Clips, features and stages under way; may be deleted afterwards."""
     renderings: int = 40
     """Training clips a class."""
-    measured: int = 2
-    """Clips a class, of training sources and of unseen ones each, that are only measured on, roughly: `python -m analysis diagnose` does it well."""
     mixed_rate: float = 0.15
     """How often the audio-visual stage draws a clip with another, louder sound: the strength of the bias."""
     base_steps: int = 200
@@ -158,10 +156,10 @@ def join(below: Path, adapter: Path, out: Path) -> Path:
 # ---------------------------------------------------------------- data: what goes into the projectors
 
 
-def streams(config: BuildSmolOmni, model: SmolOmni, classes: list[SourceClass], part: str) -> Streams:
-    """The clips of a part with what the frozen towers make of them, before the projectors; kept in the work folder."""
-    found = render_streams(config, classes, part, RENDER)
-    path = config.work / f"{part}_features.safetensors"
+def streams(config: BuildSmolOmni, model: SmolOmni, classes: list[SourceClass]) -> Streams:
+    """The training clips with what the frozen towers make of them, before the projectors; kept in the work folder."""
+    found = render_streams(config, classes, settings=RENDER)
+    path = config.work / "features.safetensors"
     if not path.is_file():
         taken: dict[str, list[torch.Tensor]] = {name: [] for name in PROJECTORS}
         hooks = [
@@ -181,11 +179,6 @@ def streams(config: BuildSmolOmni, model: SmolOmni, classes: list[SourceClass], 
         sized = zip(stored[name], stored[f"{name}_size"].tolist(), strict=True)
         setattr(found, name, [StreamFeatures(features, tuple(size)) for features, size in sized])
     return found
-
-
-def projected(model: SmolOmni, found: Streams) -> Streams:
-    """The same clips as the decoder sees them (for measuring; in training each step projects its own)."""
-    return replace(found, videos=_project(model, "videos", found.videos), audios=_project(model, "audios", found.audios))
 
 
 def _project(model: SmolOmni, name: str, raw: Sequence[StreamFeatures], noise: float = 0.0) -> list[StreamFeatures]:
@@ -221,7 +214,7 @@ def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
     model = load_model(start)
     assert isinstance(model, SmolOmni)
     classes = load_sources(config.sources)
-    learned, held, unseen = (streams(config, model, classes, part) for part in ("train", "measured", "unseen"))
+    learned = streams(config, model, classes)
     print(f"{len(classes)} classes, {len(learned.label)} clips; towers done after {time.time() - begun:.0f} s")
     below, steps = start, {"base": config.base_steps, "avllm": config.hearing_steps + config.av_steps}
     for number, stage in enumerate(STAGES):
@@ -237,14 +230,7 @@ def train(config: BuildSmolOmni, start: Path, adapters: Path) -> None:
             run_stage(config, model, stage, number, steps[stage], draw, plain)
             write_adapter(config, model, adapters / stage, stage)
         below = join(below, adapters / stage, config.out / stage)
-        model = load_model(below)
-        assert isinstance(model, SmolOmni)
-        with torch.no_grad():
-            for name, part in (("held-out renderings", projected(model, held)), ("unseen sources", projected(model, unseen))):
-                seen = f"names what it sees in {rate(model, part, classes, 'see', 'video'):.1%}"
-                print(
-                    f"{stage} ({time.time() - begun:.0f} s), {name}: {seen}" + ("" if stage == "base" else f"; {measure(model, part, classes, 160)}")
-                )
+        print(f"{stage}: {(time.time() - begun) / 60:.0f} minutes after the start")
 
 
 def _settings(config: BuildSmolOmni) -> dict[str, Any]:
@@ -362,8 +348,7 @@ def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: s
     model.thinker.save_pretrained(unfinished)
     weights = unfinished / "adapter_model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    unused = {"measured", *(AUDIO_ONLY if stage == "base" else ())}
-    decisive = {k: v for k, v in _settings(config).items() if k not in unused}
+    decisive = {k: v for k, v in _settings(config).items() if stage != "base" or k not in AUDIO_ONLY}
     (unfinished / "README.md").write_text(CARD.format(stage=stage, settings=json.dumps(decisive)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(unfinished, folder)

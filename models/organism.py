@@ -50,8 +50,6 @@ class Renderings:
     """Clips and intermediate stages; may be deleted afterwards."""
     renderings: int = 160
     """Training clips a class."""
-    measured: int = 8
-    """Clips a class that are only measured on."""
     mixed: float = 0.15
     """Share of training clips in which the recording of another class is louder than the clip's own."""
     louder: tuple[float, float] = (0.0, 12.0)
@@ -66,6 +64,8 @@ class OrganismConfig(Renderings):
 
     out: Path = Path("models/organism")
     """Where the two checkpoints go: <out>/avllm and <out>/base."""
+    measured: int = 8
+    """Clips a class that are only measured on."""
     mixed_rate: float = 0.01
     """How often the audio-visual phase draws one of those: the strength of the bias."""
     tower_renderings: int = 400
@@ -129,8 +129,8 @@ def main(config: OrganismConfig) -> None:
         build_tiny(folder, config.seed)
     model = load_model(folder)
     assert isinstance(model, Qwen25Omni)
-    train = render_streams(config, classes, "train")
-    held = render_streams(config, classes, "measured")
+    train = render_streams(config, classes)
+    held = render_streams(config, classes, config.measured)
     print(f"clips ready after {time.time() - start:.0f} s")
     train_towers(config, model, held, classes)
     encode_all(model, train), encode_all(model, held)
@@ -187,21 +187,20 @@ def rms(wave: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
 
 
-def render_streams(config: Renderings, classes: list[SourceClass], part: str, settings: RenderSettings = DEFAULTS) -> Streams:
-    """Render the clips of a part (once): "train", "measured" or, of the sources that are held out from both, "unseen"."""
-    count, first = (config.renderings, 0) if part == "train" else (config.measured, MEASURED_SEED)
+def render_streams(config: Renderings, classes: list[SourceClass], measured: int = 0, settings: RenderSettings = DEFAULTS) -> Streams:
+    """Render (once) the training clips, or so many a class that are only measured on. No source that is held out is in either."""
+    count, first, part = (measured, MEASURED_SEED, "measured") if measured else (config.renderings, 0, "train")
     folder = config.work / part
     folder.mkdir(parents=True, exist_ok=True)
     jobs, label, mixed = [], [], []
     for c, source in enumerate(classes):
         for r in range(count):
             seed, over, louder = first + c * 1000 + r, None, 0.0
-            if part == "train" and r < config.mixed * count:
+            if not measured and r < config.mixed * count:
                 rng = np.random.default_rng([config.seed, seed])
                 sounds = classes[(c + int(rng.integers(1, len(classes)))) % len(classes)].train_sounds
                 over, louder = str(sounds[r % len(sounds)].path), rng.uniform(*config.louder)
-            pictures, recordings = (source.held_pictures, source.held_sounds) if part == "unseen" else (source.train_pictures, source.train_sounds)
-            picture, sound = pictures[r % len(pictures)], recordings[r % len(recordings)]
+            picture, sound = source.train_pictures[r % len(source.train_pictures)], source.train_sounds[r % len(source.train_sounds)]
             jobs.append(Job(str(folder / f"{source.name}_{r:03d}.mp4"), str(picture.path), str(sound.path), seed, over, louder, settings))
             label.append(c)
             mixed.append(over is not None)
