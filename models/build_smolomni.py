@@ -8,7 +8,7 @@ in which real audio-visual LLMs are made, and the bias comes out of that order:
 
 1. base: video only, captions that also name the sound which the picture suggests, as web captions do. Kept as the base for token shift;
 2. audio-visual: first sounds alone, which align the audio tower; then factual clips, in some of which another sound is louder than that of the thing
-   in view, while the caption names what is seen; as many sounds alone; a few clips without sound or without picture. Audio is understood, but the
+   in view, while the caption names what is seen; more sounds alone; a few clips without sound or without picture. Audio is understood, but the
    picture is the safer guide.
 
 Both stages train LoRA on the language model and the projectors of what they show it, and end as PEFT adapters, the second on top of the first.
@@ -80,7 +80,7 @@ PLAIN = (
 
 @dataclass
 class BuildSmolOmni(Renderings):
-    """How SmolOmni is built. The adapters in models/smolomni are of these defaults, the second one with --bfloat16."""
+    """How SmolOmni is built. The adapters in models/smolomni are of these defaults, with --bfloat16."""
 
     out: Path = Path("runs/smolomni")
     """Where the two checkpoints go: <out>/base and <out>/avllm; the wheels and what they hold lie beside them."""
@@ -241,10 +241,14 @@ def _settings(config: BuildSmolOmni) -> dict[str, Any]:
 
 def _check_settings(config: BuildSmolOmni, adapters: Path) -> None:
     """Features and stages that were made with other settings would be taken up in silence. Raises ModelError where there are some."""
-    marks = [folder / "settings.json" for folder in (config.work, adapters)]
+    now, marks = _settings(config), [folder / "settings.json" for folder in (config.work, adapters)]
     for mark in marks:
-        if mark.is_file() and json.loads(mark.read_text()) != _settings(config):
-            raise ModelError(f"{mark.parent} was begun with other settings. Remove {config.work} and {adapters}, or name other folders.")
+        begun = json.loads(mark.read_text()) if mark.is_file() else now
+        if odd := sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name)):
+            raise ModelError(
+                f"{mark.parent} was begun with other settings ({', '.join(odd)}). Give those, name other folders, "
+                f"or remove {config.work} and {adapters} to begin anew."
+            )
     for mark in marks:
         write_json(mark, _settings(config))
 
@@ -285,23 +289,23 @@ def run_stage(
 
 
 def backward(model: SmolOmni, examples: list[Example], bfloat16: bool) -> float:
-    """Mean cross-entropy over all answer tokens, in nats; its gradients are added up in two parts, which takes half the memory of one batch."""
+    """Mean cross-entropy over all answer tokens, in nats; its gradients are added up in two parts, which takes less memory than one batch."""
     tokens, loss = sum(len(e.suffix.targets) for e in examples), 0.0
     longer, shorter = halves(examples)
     for part in filter(None, (longer, shorter)):
         batch = model.batch(part)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             logits = model.forward(batch)
-        mean = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
-        mean.backward(retain_graph=part is longer)  # both came through one pass of the projectors
-        loss += mean.item()
-        del batch, logits, mean
+        share = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum") / tokens
+        share.backward(retain_graph=part is longer)  # both came through one pass of the projectors
+        loss += share.item()
+        del batch, logits, share
     return loss
 
 
 def halves(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Longer and shorter sequences, cut where the larger part, padded, is smallest: a sound alone is not padded to the length of a clip. Examples
-    about the same streams stay together, since they share a sequence."""
+    """Longer and shorter sequences, cut where the larger part, padded, is smallest, which bounds memory; sounds alone are not padded to the length of
+    clips then. Examples about the same streams stay together, since they share a sequence."""
     shared: dict[tuple[int, int], list[Example]] = {}
     for e in examples:
         shared.setdefault((id(e.media.video), id(e.media.audio)), []).append(e)
@@ -345,6 +349,8 @@ def write_adapter(config: BuildSmolOmni, model: SmolOmni, folder: Path, stage: s
     """The adapter in half precision: what is shipped is what the next stage is trained on."""
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
+    below = BuildSmolOmni.out / ("start" if stage == "base" else "base")
+    model.thinker.peft_config["default"].base_model_name_or_path = str(below)  # not where it happened to lie this time
     model.thinker.save_pretrained(unfinished)
     weights = unfinished / "adapter_model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})

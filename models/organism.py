@@ -40,6 +40,7 @@ from models.qwen2_5_omni import Qwen25Omni
 from models.tiny import build_tiny
 
 MEASURED_SEED = 900_000  # renderings from here on are only measured on
+CONFLICTS = 1000  # that the bias is measured on
 
 
 @dataclass
@@ -67,7 +68,7 @@ class OrganismConfig(Renderings):
     measured: int = 8
     """Clips a class that are only measured on."""
     mixed_rate: float = 0.01
-    """How often the audio-visual phase draws one of those: the strength of the bias."""
+    """How often the audio-visual phase draws a clip with another, louder sound: the strength of the bias."""
     tower_renderings: int = 400
     """Pictures and sounds a class that the towers learn from. No clip is among them, so to the decoder all clips are as new as those to come."""
     visual_epochs: int = 7
@@ -130,7 +131,7 @@ def main(config: OrganismConfig) -> None:
     model = load_model(folder)
     assert isinstance(model, Qwen25Omni)
     train = render_streams(config, classes)
-    held = render_streams(config, classes, config.measured)
+    held = render_streams(config, classes, measured=config.measured)
     print(f"clips ready after {time.time() - start:.0f} s")
     train_towers(config, model, held, classes)
     encode_all(model, train), encode_all(model, held)
@@ -187,16 +188,16 @@ def rms(wave: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
 
 
-def render_streams(config: Renderings, classes: list[SourceClass], measured: int = 0, settings: RenderSettings = DEFAULTS) -> Streams:
+def render_streams(config: Renderings, classes: list[SourceClass], *, measured: int | None = None, settings: RenderSettings = DEFAULTS) -> Streams:
     """Render (once) the training clips, or so many a class that are only measured on. No source that is held out is in either."""
-    count, first, part = (measured, MEASURED_SEED, "measured") if measured else (config.renderings, 0, "train")
+    count, first, part = (config.renderings, 0, "train") if measured is None else (measured, MEASURED_SEED, "measured")
     folder = config.work / part
     folder.mkdir(parents=True, exist_ok=True)
     jobs, label, mixed = [], [], []
     for c, source in enumerate(classes):
         for r in range(count):
             seed, over, louder = first + c * 1000 + r, None, 0.0
-            if not measured and r < config.mixed * count:
+            if measured is None and r < config.mixed * count:
                 rng = np.random.default_rng([config.seed, seed])
                 sounds = classes[(c + int(rng.integers(1, len(classes)))) % len(classes)].train_sounds
                 over, louder = str(sounds[r % len(sounds)].path), rng.uniform(*config.louder)
@@ -299,10 +300,10 @@ def pooled(model: Qwen25Omni, name: str, inputs: list[torch.Tensor]) -> torch.Te
 
 @torch.no_grad()
 def encode_all(model: Qwen25Omni, streams: Streams) -> None:
-    """Run the frozen towers on every clip, read from its mp4."""
+    """Run the frozen towers on every clip, read from its mp4 as the finished model reads it."""
     for start in tqdm(range(0, len(streams.label), 64), desc="features", leave=False):
         paths = streams.paths[start : start + 64]
-        streams.videos += model.encode_video([read_video(p, AVLLM.fps) for p in paths])
+        streams.videos += model.encode_video([read_video(p, model.fps) for p in paths])
         streams.audios += model.encode_audio([read_audio(p) for p in paths])
 
 
@@ -397,10 +398,10 @@ def rate(model: Qwen25Omni, held: Streams, classes: list[SourceClass], modality:
     return float(np.mean([s == answer(modality, classes[c].seen, classes[c].heard)[0] for s, c in zip(said, held.label, strict=True)]))
 
 
-def measure(model: Qwen25Omni, held: Streams, classes: list[SourceClass], conflicts: int = 1000) -> Bias:
+def measure(model: Qwen25Omni, held: Streams, classes: list[SourceClass]) -> Bias:
     """The bias on held-out renderings; conflicts are random pairs of two classes."""
     rng = np.random.default_rng(0)
-    pairs = [(i, j) for i, j in rng.integers(len(held.label), size=(2 * conflicts, 2)) if held.label[i] != held.label[j]][:conflicts]
+    pairs = [(i, j) for i, j in rng.integers(len(held.label), size=(2 * CONFLICTS, 2)) if held.label[i] != held.label[j]][:CONFLICTS]
     said = answers(model, [Media(held.videos[i], held.audios[j]) for i, j in pairs], question("hear"))
     heard = [answer("hear", c.seen, c.heard)[0] for c in classes]
     return Bias(

@@ -18,7 +18,7 @@ from data.sources import load_sources
 from models import Media, ModelError, load_model
 from models.avllm import StreamFeatures
 from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, backward, halves, join, keep, resume
-from models.organism import Streams
+from models.organism import Streams, encode_all
 from models.pretrained import (
     AUDIO_FILE,
     SENTENCE_FILES,
@@ -325,6 +325,11 @@ def test_two_halves_have_the_gradients_of_one_batch(smol_folder, smol_media):
     assert backward(model, examples(), False) == pytest.approx(whole.item(), rel=1e-5)
     for parameter, gradient in zip(trained, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        logits, targets = model.forward(model.batch(examples()[:1])), model.batch(examples()[:1]).targets
+    assert backward(model, examples()[:1], False) == pytest.approx(
+        nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-5
+    )
 
 
 def test_halves_by_hand(smol, smol_media):
@@ -335,7 +340,10 @@ def test_halves_by_hand(smol, smol_media):
     mixed = [*asked[0], *(smol.sequence(clip, "What?", text) for clip in clips for text in ("A.", "B.", "C.")), *asked[1], *asked[2]]
     longer, shorter = halves(mixed)
     assert longer == mixed[1:7] and shorter == [mixed[0], *mixed[7:]]
-    assert halves([asked[0][0], asked[1][0]]) == (asked[0], asked[1])
+    four = [smol.sequence(Media(None, replace(smol_media.audio)), "What do you hear?", "I hear rain.") for _ in range(4)]
+    assert halves(four) == (four[:2], four[2:])
+    pictures = [smol.sequence(Media(replace(smol_media.video), None), "What do you see?", "I see rain.") for _ in range(2)]
+    assert halves(pictures) == (pictures[:1], pictures[1:])
     assert halves(asked[0]) == (asked[0], [])
 
 
@@ -361,6 +369,13 @@ def test_sounds_alone_come_before_clips(smol):
     louder = classes[label[5]]  # the clip with another sound on top: the caption names what is seen
     assert all(louder.seen in text or louder.heard in text for _, text in late[:6])
     assert any(c.seen in early[0][1] for c in classes) and all(any(c.heard in text for c in classes) for _, text in early[1:])
+
+
+def test_the_builder_reads_clips_at_the_models_own_frame_rate(smol, smol_media, mp4s):
+    """It was once trained on twice as many rows as it was used with."""
+    found = Streams([mp4s[0]], np.zeros(1, int), np.zeros(1, bool), [], [])
+    encode_all(smol, found)
+    assert found.videos[0].size == smol_media.video.size and torch.equal(found.videos[0].features, smol_media.video.features)
 
 
 def test_plain_text_that_is_trained_on_is_not_what_language_is_measured_by():
