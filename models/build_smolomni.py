@@ -80,7 +80,7 @@ PLAIN = (
 
 @dataclass
 class BuildSmolOmni(Renderings):
-    """How SmolOmni is built. The adapters in models/smolomni are of these defaults, with --bfloat16."""
+    """How SmolOmni is built. The cards in models/smolomni say what the adapters there were made with."""
 
     out: Path = Path("runs/smolomni")
     """Where the two checkpoints go: <out>/base and <out>/avllm; the wheels and what they hold lie beside them."""
