@@ -38,7 +38,7 @@ smolomni: setup  ## a real small audio-visual LLM: fetches its pretrained parts 
 # bfloat16 halves the time where the processor has instructions for it, and only there
 BFLOAT16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo --bfloat16)
 
-smolomni-retrain: setup  ## trains those adapters anew (under an hour on 2 cores)
+smolomni-retrain: setup  ## trains those adapters anew (about 45 minutes on 2 cores)
 	$(BIN)/python -m data.fetch --out runs/smolomni/sources
 	$(BIN)/python -m models.build_smolomni --retrain $(BFLOAT16)
 
