@@ -250,7 +250,7 @@ def _check_settings(config: BuildSmolOmni, adapters: Path) -> None:
                 f"or remove {config.work} and {adapters} to begin anew."
             )
     for mark in marks:
-        write_json(mark, _settings(config))
+        write_json(mark, now)
 
 
 def run_stage(

@@ -22,9 +22,9 @@ def test_bias_conditions():
 
 def test_what_is_rendered(tmp_path, monkeypatch):
     """Training clips and clips that are measured on have no seed in common, nothing held out, and only the former a louder sound on top."""
-    asked = []
+    jobs: list = []
     monkeypatch.setattr("models.organism.ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
-    monkeypatch.setattr("models.organism._render", asked.append)
+    monkeypatch.setattr("models.organism._render", jobs.append)
     classes = [c for c in load_sources() if c.held_pictures or c.held_sounds][:4]
     config = Renderings(work=tmp_path, renderings=4, mixed=0.5)
     for measured, folder in ((None, "train"), (3, "measured")):
@@ -32,7 +32,6 @@ def test_what_is_rendered(tmp_path, monkeypatch):
         count = measured or config.renderings
         assert found.label.tolist() == [c for c in range(4) for _ in range(count)] and all(Path(p).parent == tmp_path / folder for p in found.paths)
         assert found.mixed.tolist() == ([True, True, False, False] * 4 if measured is None else [False] * 12)
-    jobs = asked
     assert len({job.seed for job in jobs}) == len(jobs) and {job.seed >= MEASURED_SEED for job in jobs[16:]} == {True}
     held = {str(s.path) for c in classes for s in (*c.held_pictures, *c.held_sounds)}
     used = {path for job in jobs for path in (job.picture, job.sound, job.over)}
