@@ -26,10 +26,11 @@ from models import AVLLM, load_model
 
 
 def identity(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str) -> dict[str, Any]:
-    """Everything that the findings of this diagnosis depend on, or that they name."""
+    """Everything that the findings of this diagnosis depend on, or that they name. Not how fast they were measured: runs at once have fewer threads."""
     base = load_model(model.base_path, dtype=model.dtype) if settings.shift != 0 and model.base_path is not None else None
+    said = stated(model, clips, settings, split, choose(clips, split, settings))
     return {
-        "stated": stated(model, clips, settings, split, choose(clips, split, settings)),
+        "stated": {name: value for name, value in said.items() if name not in ("threads", "batch_size")},
         "split": split,
         "clips": clips.data_hash,
         "names": [model.path, model.adapter, model.base_path],

@@ -239,6 +239,13 @@ def test_a_killed_diagnosis_goes_on_where_it_was(diagnosed, tmp_path, monkeypatc
     again = diagnose(model, clips, QUICK, progress=False, work=tmp_path / "work")
     assert done == jobs and len(jobs) == 5
     assert dataclasses.asdict(again) == dataclasses.asdict(found)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # perhaps the other last digits, but no reason to begin anew
+    try:
+        diagnose(model, clips, QUICK, progress=False, work=tmp_path / "work")
+    finally:
+        torch.set_num_threads(threads)
+    assert done == jobs
 
 
 # ---------------------------------------------------------------- before and after

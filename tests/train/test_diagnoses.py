@@ -35,7 +35,7 @@ def test_a_second_run_copies_what_the_first_measured(arguments, tmp_path, measur
     assert measured == untrained + trained
     assert sorted(p.suffix for p in (tmp_path / "common").iterdir()) == [".json"] * 3 + [".lock"] * 3
     measured.clear()
-    other = ["--run.folder", str(tmp_path / "other"), "--run.seed", "1"]
+    other = ["--run.folder", str(tmp_path / "other"), "--run.seed", "1", "--run.threads", "2"]  # runs at once share the cores
     assert main([*arguments, *common, *other]) == 0
     assert measured == trained
     for name in ("plan", "before", "selection"):
