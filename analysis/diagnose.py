@@ -131,7 +131,8 @@ def diagnose(
     key = {}
     if work is not None:
         weights = [weights_hash(m) if m is not None else None for m in (model, base)]
-        key = {"stated": {k: v for k, v in asked.items() if k != "threads"}, "split": split, "clips": clips.data_hash, "weights": weights, "code": code_hash()}
+        scored = {name: value for name, value in asked.items() if name != "threads"}
+        key = {"stated": scored, "split": split, "clips": clips.data_hash, "weights": weights, "code": code_hash()}
     training = model.thinker.training
     model.thinker.eval()
     try:

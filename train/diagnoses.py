@@ -26,7 +26,7 @@ from models import AVLLM, load_model
 
 
 def identity(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str) -> dict[str, Any]:
-    """Everything that the findings of this diagnosis depend on, or that they name. Not how fast they were measured: runs at once have fewer threads."""
+    """Everything that the findings of this diagnosis depend on, or that they name. Threads and batch size move no score; runs at once have fewer."""
     base = load_model(model.base_path, dtype=model.dtype) if settings.shift != 0 and model.base_path is not None else None
     said = stated(model, clips, settings, split, choose(clips, split, settings))
     return {
