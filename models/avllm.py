@@ -102,6 +102,19 @@ class Batch:
     asked: torch.Tensor
     media: tuple[Media, ...] = ()
 
+    def answers(self, logits: torch.Tensor, examples: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, A', V) and targets (n, A') of these examples, or of all, out of the decoder's (rows, V); A' is the longest answer among them.
+
+        Padding repeats an answer's first row. Only what is asked for is padded: one long passage beside short answers costs no room at theirs.
+        """
+        real = _real(self.inputs["rows"])
+        place = (real.flatten().cumsum(0) - 1).view_as(real)
+        place, targets = torch.where(real, place, place[:, :1]), self.targets
+        if examples is not None:
+            place, targets = place[examples], targets[examples]
+        longest = int((targets != -100).sum(1).max()) if len(targets) else 0
+        return logits[place[:, :longest]], targets[:, :longest]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch elsewhere."""
         return replace(
@@ -158,6 +171,13 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return picked.masked_fill(targets == -100, 0.0)
 
 
+def _real(rows: torch.Tensor) -> torch.Tensor:
+    """True where rows (N, A) of answers are not padding, which repeats the first."""
+    real = rows != rows[:, :1]
+    real[:, :1] = True
+    return real
+
+
 class Decoded(NamedTuple):
     """What `Decoder.forward` returns; see there."""
 
@@ -191,7 +211,8 @@ class Decoder(nn.Module):
         states: torch.Tensor | None = None,
         mass: Sequence[int] = (),
     ) -> Decoded:
-        """Logits (N, A, V) at `rows` (N, A), indices into the flattened (B, T). features: (media rows in batch order, H), at media_mask.
+        """Logits at `rows` (N, A), indices into the flattened (B, T), without their padding: (rows, V), one answer after the other; `Batch.answers`
+        pads them. features: (media rows in batch order, H), at media_mask.
 
         position_ids: (3, B, T); segments: see Instruments. `cuts`: one tuple a sequence. None where nothing was asked for:
         states: indices (N, S) at which the output of every layer is wanted, (L, N, S, H), the last one before the final norm. An index of -1 gives
@@ -210,7 +231,7 @@ class Decoder(nn.Module):
             instruments=Instruments(kinds, cuts, mass=tap, segments=segments),
         )
         return Decoded(
-            self.head(out.last_hidden_state.flatten(0, 1)[rows]),
+            self.head(out.last_hidden_state.flatten(0, 1)[rows[_real(rows)]]),
             torch.stack([h.flatten(0, 1)[states] for h in out.hidden_states[1:]]) if states is not None else None,
             torch.stack([tap.mass[layer] for layer in mass]) if tap else None,
         )
@@ -390,9 +411,9 @@ class AVLLM(ABC):
         return Batch(inputs, targets, span, padded_kinds, asked, tuple(e.media for e in examples)).to(self.device)
 
     def forward(self, batch: Batch, cuts: Cuts = ()) -> torch.Tensor:
-        """Logits (N, A, V) at the emitters, with gradients. Equals `decoder(**batch.inputs, cuts=cuts).logits`; `cuts` holds one tuple a sequence."""
+        """Logits (N, A, V) at the emitters, with gradients: those of `decoder(**batch.inputs, cuts=cuts)`, padded. `cuts`: one tuple a sequence."""
         self._require_check(batch.media, cuts)
-        return self.decoder(**batch.inputs, cuts=cuts).logits
+        return batch.answers(self.decoder(**batch.inputs, cuts=cuts).logits)[0]
 
     # ---------------------------------------------------------------- two-phase inference
 

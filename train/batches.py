@@ -212,27 +212,27 @@ def loss_terms(model: AVLLM, out: Decoded, micro: Micro, plan: Plan) -> dict[str
 
 def _value(term: str, part: Part, logits: Tensor, out: Decoded, micro: Micro, model: AVLLM, plan: Plan) -> Tensor:
     """The mean of a term over the answers of a part."""
-    rows, targets = part.rows, micro.batch.targets
-    reference = part.reference
+    rows, batch, reference = part.rows, micro.batch, part.reference
+    targets = batch.targets
     if term == "counterfactual_ce" or (term == "abstention" and reference is None):
-        return objective.counterfactual_ce(logits[rows], targets[rows])
+        return objective.counterfactual_ce(*batch.answers(logits, rows))
     if term == "hinge":
-        s = span_scores(logits, micro.batch)
-        return objective.grid_hinge(s[rows], s[part.against])
+        return objective.grid_hinge(span_scores(logits, batch, rows), span_scores(logits, batch, part.against))
     if term == "dpo":
-        score = answer_logprobs(logits, targets).sum(1)
+        right, wrong = (answer_logprobs(*batch.answers(logits, which)).sum(1) for which in (rows, part.against))
         assert reference is not None
-        return objective.swap_preference(score[rows], score[part.against], reference[: len(rows)], reference[len(rows) :])
+        return objective.swap_preference(right, wrong, reference[: len(rows)], reference[len(rows) :])
     if term == "base_divergence":
         assert reference is not None
-        return objective.base_divergence(span_scores(logits, micro.batch)[rows], reference)
+        return objective.base_divergence(span_scores(logits, batch, rows), reference)
     if term in COMPARED:
         compare = {"invariance": objective.invariance, "logprob_invariance": objective.logprob_invariance, "sensitivity": objective.sensitivity}[term]
-        return compare(logits[rows], logits[part.against], targets[rows] != IGNORED)
+        (here, said), (there, _) = batch.answers(logits, rows), batch.answers(logits, part.against)  # the same answers
+        return compare(here, there, said != IGNORED)
     if term == "latent_readout":
         assert out.states is not None
-        asked, layers = micro.batch.asked[rows], plan.causal_layers.value
-        label = targets[rows].masked_fill(~micro.batch.span[rows], IGNORED)
+        asked, layers = batch.asked[rows], plan.causal_layers.value
+        label = targets[rows].masked_fill(~batch.span[rows], IGNORED)
         return objective.latent_readout(model.lens(out.states[layers][:, rows, targets.shape[1] :]).float(), asked >= 0, label)
     if term == "attention_balance":
         assert out.mass is not None
@@ -242,15 +242,16 @@ def _value(term: str, part: Part, logits: Tensor, out: Decoded, micro: Micro, mo
         assert out.states is not None
         layers, _, length, _ = reference.shape
         return objective.state_distillation(reference, out.states[-layers:, rows, :length], targets[rows, :length] != IGNORED)
-    length = reference.shape[1]
-    student, mask = logits[rows, :length], targets[rows, :length] != IGNORED
-    return (objective.knockout_distillation if term in ("distillation", "mirror") else objective.retention)(reference, student, mask)
+    student, said = batch.answers(logits, rows)
+    compare = objective.knockout_distillation if term in ("distillation", "mirror") else objective.retention
+    return compare(reference[:, : said.shape[1]], student, said != IGNORED)
 
 
-def span_scores(logits: Tensor, batch: Batch) -> Tensor:
-    """(N,) s of docs/definitions.md of every answer that has a label in it."""
-    span = batch.span & (batch.targets != IGNORED)
-    return (answer_logprobs(logits, batch.targets) * span).sum(1) / span.sum(1).clamp_min(1)
+def span_scores(logits: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
+    """(n,) s of docs/definitions.md of these answers of the batch, from the decoder's logits; 0 without a label in it."""
+    logits, targets = batch.answers(logits, rows)
+    span = batch.span[rows][:, : targets.shape[1]] & (targets != IGNORED)
+    return (answer_logprobs(logits, targets) * span).sum(1) / span.sum(1).clamp_min(1)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def test_states_are_wanted_anywhere(tiny, media):
     assert out.states.shape[:3] == (3, 2, 3) and out.mass is None
     for layer in range(3):
         torch.testing.assert_close(out.states[layer], states[layer + 1].flatten(0, 1)[wanted], atol=1e-5, rtol=0)
-    assert torch.equal(out.logits, tiny.forward(batch)) and tiny.decoder(**batch.inputs).states is None
+    assert torch.equal(batch.answers(out.logits)[0], tiny.forward(batch)) and tiny.decoder(**batch.inputs).states is None
 
 
 def test_asked_are_the_rows_of_the_own_question(tiny, media):
@@ -58,6 +58,23 @@ def test_asked_are_the_rows_of_the_own_question(tiny, media):
             assert len(set(batch.inputs["segments"].flatten()[own].tolist())) == 1
         first = batch.inputs["rows"][:, 0]
         assert torch.equal(batch.asked.max(1).values + 1, first)  # right before the first emitter
+
+
+def test_logits_are_there_once_a_target_and_padded_only_as_asked(tiny, media):
+    batch = tiny.batch(ragged(tiny, media))
+    own = (batch.targets != -100).sum(1).tolist()
+    with torch.no_grad():
+        flat = tiny.decoder(**batch.inputs).logits
+        assert len(flat) == sum(own) < batch.targets.numel()
+        which = [own.index(min(own)), own.index(sorted(own)[1])]  # not the longest
+        got, targets = batch.answers(flat, which)
+        assert targets.shape == got.shape[:2] == (2, sorted(own)[1])
+        for row, said, example in zip(got, targets, which, strict=True):
+            at = sum(own[:example])
+            assert torch.equal(said[: own[example]], batch.targets[example, : own[example]]) and bool((said[own[example] :] == -100).all())
+            assert torch.equal(row[: own[example]], flat[at : at + own[example]])
+        whole, every = batch.answers(flat)
+        assert torch.equal(every, batch.targets) and torch.equal(whole, tiny.forward(batch))
 
 
 # ---------------------------------------------------------------- attention mass
@@ -79,7 +96,7 @@ def test_mass_equals_a_written_out_softmax(tiny, media, cut):
             out = tiny.decoder(**batch.inputs, cuts=[cut] * len(batch.kinds), mass=(2, 1))
             torch.testing.assert_close(out.mass, expected, atol=1e-5, rtol=0)
             torch.testing.assert_close(out.mass.sum(-1), torch.ones(2, len(examples)), atol=1e-5, rtol=0)
-            assert torch.equal(out.logits, tiny.forward(batch, [cut] * len(batch.kinds))) and out.states is None
+            assert torch.equal(batch.answers(out.logits)[0], tiny.forward(batch, [cut] * len(batch.kinds))) and out.states is None
     if cut and Kind.VIDEO in cut[0].source:
         assert float(expected[1, 0, Kind.VIDEO]) == float(out.mass[1, 0, Kind.VIDEO]) == 0.0 < float(out.mass[0, 0, Kind.VIDEO])
 
