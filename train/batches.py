@@ -226,9 +226,9 @@ def _value(term: str, part: Part, logits: Tensor, out: Decoded, micro: Micro, mo
         assert reference is not None
         return objective.base_divergence(span_scores(logits, batch, rows), reference)
     if term in COMPARED:
-        compare = {"invariance": objective.invariance, "logprob_invariance": objective.logprob_invariance, "sensitivity": objective.sensitivity}[term]
+        between = {"invariance": objective.invariance, "logprob_invariance": objective.logprob_invariance, "sensitivity": objective.sensitivity}[term]
         (here, said), (there, _) = batch.answers(logits, rows), batch.answers(logits, part.against)  # the same answers
-        return compare(here, there, said != IGNORED)
+        return between(here, there, said != IGNORED)
     if term == "latent_readout":
         assert out.states is not None
         asked, layers = batch.asked[rows], plan.causal_layers.value
