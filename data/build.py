@@ -39,7 +39,6 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 MAKERS = ("render", "media", "counterfactual", "splits")  # the modules that decide what the media are: a change in them makes old folders stale
 BYTES_A_PIXEL = 0.35  # of coded video, from the default set, rounded up; for the check of disk space
 BYTES_A_SECOND = 10_000  # of coded sound
-NOISES = 12  # near-silent, and near-black, streams a split
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,6 +70,8 @@ class DataConfig:
     bare: PerSplit = PerSplit(train=3, plan=1, selection=1, test=2, unseen=0)
     """Factual clips per class that also get a muted and a blanked version: half of them digital silence (black), half almost inaudible (invisible)
     noise."""
+    noises: int = 12
+    """Different near-silent sounds, and near-black pictures, a split. What is trained on few of them may know those, and name a sound in others."""
     seed: int = 0
     render: RenderSettings = field(default_factory=RenderSettings)
     classes: tuple[str, ...] | None = None
@@ -118,6 +119,8 @@ def _sources(config: DataConfig) -> list[SourceClass]:
 
 
 def _classes(config: DataConfig) -> list[SourceClass]:
+    if config.noises < 1:
+        raise DataError(f"noises is {config.noises}: near-silent and near-black clips need at least 1.")
     known = {c.name: c for c in _sources(config)}
     names = config.classes if config.classes is not None else tuple(known)
     for name in names:
@@ -184,7 +187,7 @@ def _bare(config: DataConfig, classes: Sequence[SourceClass], jobs: Sequence[_Fa
             near = (names.index(job.kind.name) + turn + (condition == "blanked")) % 2 == 1
             nothing = "nothing.mp4"
             if near:
-                nothing = f"nothing_{job.split}_{noises[job.split, condition] % NOISES}.mp4"
+                nothing = f"nothing_{job.split}_{noises[job.split, condition] % config.noises}.mp4"
                 noises[job.split, condition] += 1
             bare.append(_Bare(clip, condition, near, nothing))
     return bare
@@ -228,7 +231,8 @@ def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs
     manifest = {
         "labels": [[c.name, c.seen, c.heard] for c in classes],
         "pairs": {part: sorted(getattr(pairs, part)) for part in ("train", "selection", "test")},
-        "config": {key: value for key, value in asdict(config).items() if key != "sources"},
+        # A setting that came later is left out at its default: folders from before it are as good.
+        "config": {k: v for k, v in asdict(config).items() if k != "sources" and (k, v) != ("noises", DataConfig.noises)},
         "sources": sources,
         "code": hashlib.sha256(b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in MAKERS)).hexdigest(),
     }

@@ -102,7 +102,7 @@ def test_half_of_what_is_missing_is_noise(small: Clips) -> None:
         assert len({c.audio_sha256 for c in muted if c.audio_rendering == "silence"}) <= 1
         noises[split] = {c.audio_sha256 for c in muted if c.audio_rendering == "near_silence"}
         noises[split] |= {c.video_sha256 for c in blanked if c.video_rendering == "near_black"}
-        assert len(noises[split]) == len(near)  # below NOISES every clip has its own
+        assert len(noises[split]) == len(near)  # fewer than `noises`: every clip has its own
     assert len(set().union(*noises.values())) == sum(len(found) for found in noises.values())
     of_dog = {c.id: c.audio_rendering for c in small.select("test", "muted") if c.video_label == "dog"}
     assert of_dog == {"test_dog_00__muted": "silence", "test_dog_01__muted": "near_silence"}
@@ -117,8 +117,14 @@ def test_no_clip_is_as_quiet_as_noise(small: Clips) -> None:
 def test_bare_clips_are_as_many_as_there_are(tmp_path: Path) -> None:
     """No more than the factual clips; none where none are asked for."""
     config = replace(SMALL, renderings=PerSplit(1, 1, 1, 1, 1), bare=PerSplit(5, 0, 0, 1, 0))
-    clips = build(config, tmp_path / "clips", progress=False)
+    clips = build(replace(config, noises=1), tmp_path / "clips", progress=False)
     assert [len(clips.select(split, "muted")) for split in SPLITS] == [6, 0, 0, 6, 0]
+    near = [c for c in clips.clips if c.audio_rendering == "near_silence"]
+    assert len(near) == 6 and len({(c.split, c.audio_sha256) for c in near}) == len({c.audio_sha256 for c in near}) == 2  # one noise a split
+    with pytest.raises(DataError, match="built with another config"):
+        build(config, tmp_path / "clips", progress=False)
+    with pytest.raises(DataError, match="noises is 0"):
+        build(replace(config, noises=0), tmp_path / "other", progress=False)
 
 
 def test_provenance(small: Clips) -> None:
