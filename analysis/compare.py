@@ -25,12 +25,9 @@ from numpy.typing import NDArray
 
 from analysis.events import VERDICTS
 from analysis.fidelity import caption_key
-from analysis.findings import FORMAT, Effect, Estimate, Findings, Items, load_json, save_json
+from analysis.findings import FORMAT, NEUTRAL, Effect, Estimate, Findings, Items, load_json, save_json
 from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tuned_item, unpacked
 from analysis.statistics import Dyads, Intervals, by_source, corrected, mapped, shortcut
-
-# Settings that say where and how fast a diagnosis ran, not what it measured. Every other difference is refused.
-NEUTRAL = frozenset({"device", "threads", "batch_size", "clips_folder"})
 
 
 @dataclass
@@ -107,7 +104,7 @@ def differences(before: Findings, after: Findings) -> list[str]:
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
-        if prefix or key not in NEUTRAL:
+        if prefix or key not in NEUTRAL:  # every other difference is refused
             if isinstance(value, dict):
                 yield from _flat(value, f"{prefix}{key}.")
             else:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from analysis.captions import CaptionTally
 from analysis.fidelity import fidelity_rows
-from analysis.findings import Findings
+from analysis.findings import NEUTRAL, Findings
 from analysis.flow import FlowTally
 from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep
@@ -131,7 +131,7 @@ def diagnose(
     key = {}
     if work is not None:
         weights = [weights_hash(m) if m is not None else None for m in (model, base)]
-        scored = {name: value for name, value in asked.items() if name != "threads"}
+        scored = {name: value for name, value in asked.items() if name not in NEUTRAL - {"batch_size"}}  # a visit is a batch
         key = {"stated": scored, "split": split, "clips": clips.data_hash, "weights": weights, "code": code_hash()}
     training = model.thinker.training
     model.thinker.eval()
@@ -394,7 +394,7 @@ class _Diagnosis:
 
 
 def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, chosen: Chosen) -> dict[str, Any]:
-    """Everything that moves scores. `device`, `threads`, `batch_size` and `clips_folder` do not, and `compare` ignores them."""
+    """Everything that moves scores, and what does not (NEUTRAL), which `compare` ignores."""
     asked = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k != "batch"}
     there = {c: len(clips.select(split, c)) for c in ("factual", "counterfactual")}
     return {

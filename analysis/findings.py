@@ -18,6 +18,8 @@ from typing import Any
 from data.files import write_json
 
 FORMAT = 4
+# Settings that say where and how fast a diagnosis ran, not what it measured.
+NEUTRAL = frozenset({"device", "threads", "batch_size", "clips_folder"})
 
 
 # Conditions and questions about a stream that is not there: not given to the model, or given with nothing in it.

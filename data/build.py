@@ -119,8 +119,6 @@ def _sources(config: DataConfig) -> list[SourceClass]:
 
 
 def _classes(config: DataConfig) -> list[SourceClass]:
-    if config.noises < 1:
-        raise DataError(f"noises is {config.noises}: near-silent and near-black clips need at least 1.")
     known = {c.name: c for c in _sources(config)}
     names = config.classes if config.classes is not None else tuple(known)
     for name in names:
@@ -305,6 +303,8 @@ def build(config: DataConfig, folder: Path | str, workers: int = 2, progress: bo
 
     Not for several processes at the same time on one folder: let the main one build, then the others load.
     """
+    if config.noises < 1:
+        raise DataError(f"noises is {config.noises}: near-silent and near-black clips need at least 1.")
     folder = Path(folder)
     classes = _classes(config)
     pairs = split_pairs([c.name for c in classes], config.seed)

@@ -136,6 +136,13 @@ class FlowTap:
         self.mass[layer] = out
 
 
+def real_rows(rows: torch.Tensor) -> torch.Tensor:
+    """True where rows (N, A) of answers are not padding, which repeats the first."""
+    real = rows != rows[:, :1]
+    real[:, :1] = True
+    return real
+
+
 @dataclass
 class MassTap:
     """Attention mass of each example's emitters by kind of key, with gradients, filled during a forward pass without a cache.
@@ -158,8 +165,7 @@ class MassTap:
         scores = (asked @ key[own].transpose(2, 3) * scaling).float().view(n, heads, a, length)
         weights = torch.softmax(scores.masked_fill(~mask[sequence, 0, row][:, None], float("-inf")), dim=-1).mean(1)
         by_kind = weights @ torch.nn.functional.one_hot(kinds[own], len(Kind)).float()  # (N, A, kinds)
-        real = (row != row[:, :1]).float()
-        real[:, 0] = 1.0
+        real = real_rows(self.rows).float()
         self.mass[layer] = (by_kind * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from data.clips import Clip
 from data.media import read_audio, read_video
 from data.questions import question
-from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind, MassTap
+from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind, MassTap, real_rows
 from models.reuse import Decoding, Reuse, block_rows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -107,7 +107,7 @@ class Batch:
 
         Padding repeats an answer's first row. Only what is asked for is padded: one long passage beside short answers costs no room at theirs.
         """
-        real = _real(self.inputs["rows"])
+        real = real_rows(self.inputs["rows"])
         place = (real.flatten().cumsum(0) - 1).view_as(real)
         place, targets = torch.where(real, place, place[:, :1]), self.targets
         if examples is not None:
@@ -171,13 +171,6 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return picked.masked_fill(targets == -100, 0.0)
 
 
-def _real(rows: torch.Tensor) -> torch.Tensor:
-    """True where rows (N, A) of answers are not padding, which repeats the first."""
-    real = rows != rows[:, :1]
-    real[:, :1] = True
-    return real
-
-
 class Decoded(NamedTuple):
     """What `Decoder.forward` returns; see there."""
 
@@ -231,7 +224,7 @@ class Decoder(nn.Module):
             instruments=Instruments(kinds, cuts, mass=tap, segments=segments),
         )
         return Decoded(
-            self.head(out.last_hidden_state.flatten(0, 1)[rows[_real(rows)]]),
+            self.head(out.last_hidden_state.flatten(0, 1)[rows[real_rows(rows)]]),
             torch.stack([h.flatten(0, 1)[states] for h in out.hidden_states[1:]]) if states is not None else None,
             torch.stack([tap.mass[layer] for layer in mass]) if tap else None,
         )

@@ -20,17 +20,18 @@ from typing import Any
 from accelerate import Accelerator
 
 from analysis.diagnose import DiagnoseSettings, choose, stated
+from analysis.findings import NEUTRAL
 from analysis.work import code_hash, weights_hash
 from data.clips import Clips
 from models import AVLLM, load_model
 
 
 def identity(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str) -> dict[str, Any]:
-    """Everything that the findings of this diagnosis depend on, or that they name. Threads and batch size move no score; runs at once have fewer."""
+    """Everything that the findings of this diagnosis depend on, but where and how fast it is measured: runs at once have fewer threads."""
     base = load_model(model.base_path, dtype=model.dtype) if settings.shift != 0 and model.base_path is not None else None
     said = stated(model, clips, settings, split, choose(clips, split, settings))
     return {
-        "stated": {name: value for name, value in said.items() if name not in ("threads", "batch_size")},
+        "stated": {name: value for name, value in said.items() if name not in NEUTRAL},
         "split": split,
         "clips": clips.data_hash,
         "names": [model.path, model.adapter, model.base_path],
