@@ -273,8 +273,8 @@ class Ceiling:
             named.append((path.stem if len({p.stem for p in self.findings}) == len(self.findings) else str(path), found))
         rows = ceilings(load_model(self.model, device=_device(self.device), dtype=getattr(torch, self.dtype)), clips)
         if self.out is not None:
-            save(self.out, rows, named)
-        console.print(ceiling_table(rows, named))
+            save(self.out, rows, named, clips)
+        console.print(ceiling_table(rows, named, clips))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
 
 A linear probe (that of analysis/probing.py) on the mean of a stream's rows as they enter the decoder is fitted on the factual clips of the train
 split and tried on those of the test split, whose sources it knows and whose renderings it does not, and of the unseen split, there only on clips of
-whose source the train split has nothing (some classes have one recording only). Answers are counted on clips chosen alike, as many as the findings
-asked about. A linear read-out of a mean is a lower bound of what is there: the decoder may read more, and a ratio can be above 1.
+whose source the train split has nothing (some classes have one recording only). Answers are held against what the probe reads of the very streams
+that they are about: a conflict's sound is that of a factual clip. A linear read-out of a mean is a lower bound of what is there: the decoder may
+read more, and a ratio can be above 1.
 
 Towers and projectors do not change in fine-tuning here, so one ceiling serves for before and after.
 """
@@ -14,7 +15,7 @@ Towers and projectors do not change in fine-tuning here, so one ceiling serves f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +28,7 @@ from analysis.findings import Estimate, Findings, Sample
 from analysis.items import clip_clusters
 from analysis.probing import probe_predictions
 from analysis.statistics import Intervals, by_source
-from analysis.tables import counted, percent, titled
+from analysis.tables import counted, number, percent, titled
 from data.clips import Clip, Clips, DataError, Split
 from data.files import write_json
 from models import AVLLM
@@ -41,18 +42,32 @@ CONDITIONS = ("factual", "counterfactual")
 class Ceiling:
     """Share of a split's factual clips whose class a linear probe reads from one stream's rows; classes without a training clip count as wrong.
 
-    learned: clips that the probe was fitted on. known: their sources, of which no clip of the unseen split may be.
+    read: by rendering whether the probe reads it. learned: clips that the probe was fitted on. known: their sources, of which no clip of the unseen
+    split may be.
     """
 
     stream: Stream
     split: Split
     accuracy: Estimate
+    read: Mapping[str, bool]
     learned: int
     known: frozenset[str]
 
     def takes(self, item: Clip | Sample) -> bool:
         """Whether a clip, or an answer about it, counts here."""
         return self.split != "unseen" or _source(item, self.stream) not in self.known
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Right answers to the question about a stream, what the probe reads of the same streams, and the first over the second.
+
+    The ratio's interval is by the delta method; a ratio without a value where the probe reads nothing.
+    """
+
+    right: Estimate
+    read: Estimate
+    ratio: Estimate
 
 
 def _source(item: Clip | Sample, stream: Stream) -> str:
@@ -79,7 +94,8 @@ def ceilings(model: AVLLM, clips: Clips, progress: bool = True) -> list[Ceiling]
         target = np.array([names.index(clip.audio_label if stream == "audio" else clip.video_label) for clip in everything])
         right = dict(zip((clip.id for clip in everything), probe_predictions(states, [target], [fold], len(names))[0] == target, strict=True))
         for split in SPLITS:
-            row = Ceiling(stream, split, Estimate(None, None, None, 0, 0), len(learned), known)
+            read = {clip.id: bool(right[clip.id]) for clip in tried[split]}
+            row = Ceiling(stream, split, Estimate(None, None, None, 0, 0), read, len(learned), known)
             if counts := [clip for clip in tried[split] if row.takes(clip)]:
                 intervals = Intervals(clip_clusters(counts, video=stream == "video", audio=stream == "audio"), len(counts))
                 out.append(dataclasses.replace(row, accuracy=intervals.rates([[right[clip.id]] for clip in counts])[0]))
@@ -92,51 +108,49 @@ def _mean(model: AVLLM, clip: Clip, root: Path, stream: Stream) -> NDArray:
     return getattr(media, stream).features.float().mean(0).cpu().numpy()
 
 
-def answered(findings: Findings, row: Ceiling) -> dict[str, Estimate | None]:
-    """Right answers of a model to the question about that stream in that split, by condition: factual and counterfactual. None: not asked."""
-    question, out = "hear" if row.stream == "audio" else "see", dict[str, Estimate | None]()
+def answered(findings: Findings, row: Ceiling, clips: Clips) -> dict[str, Answered]:
+    """Answers of a model to the question about that stream in that split, by condition (factual, counterfactual); what was not asked is left out."""
+    question, by_id, out = "hear" if row.stream == "audio" else "see", clips.by_id(), dict[str, Answered]()
     for condition in CONDITIONS:
         named = condition if row.split == "test" else f"{row.split}_{condition}"
         asked = [s for s in findings.samples if (s.condition, s.modality) == (named, question) and row.takes(s)]
-        right = "vision" if (condition, question) == ("counterfactual", "see") else "audio"  # where both labels agree, "audio" is the right one
+        if not asked:
+            continue
+        renderings = [by_id[s.clip].audio_rendering if row.stream == "audio" else by_id[s.clip].video_rendering for s in asked]
+        values = np.array([[s.correct, row.read[rendering]] for s, rendering in zip(asked, renderings, strict=True)], dtype=float)
         intervals = Intervals(by_source([s.video_source for s in asked], [s.audio_source for s in asked]), len(asked))
-        out[condition] = intervals.rates([[s.verdict == right] for s in asked])[0] if asked else None
+        right, read = intervals.rates(values)
+        out[condition] = Answered(right, read, _ratio(values, intervals))
     return out
 
 
-def ratio(right: Estimate | None, row: Ceiling) -> float | None:
-    """Right answers over the ceiling."""
-    return right.value / row.accuracy.value if right is not None and right.value is not None and row.accuracy.value else None
+def _ratio(values: NDArray, intervals: Intervals) -> Estimate:
+    """Mean of the first column of (n, 2) over that of the second."""
+    part, whole = values.mean(axis=0)
+    if not whole:
+        return Estimate(None, None, None, len(values), intervals.clusters)
+    [found] = intervals.effects_of([part / whole], (values[:, :1] - part / whole * values[:, 1:]) / whole)
+    return Estimate(found.value, found.low, found.high, found.n, found.clusters)
 
 
-def ceiling_table(rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]]) -> Table:
-    """Ceilings, and beside each what every one of the findings reaches and which share of the ceiling that is."""
-    columns = "stream, split", "probe", "n (sources)", "answers on", *(name for name, _ in named)
+def ceiling_table(rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]], clips: Clips) -> Table:
+    """A row a ceiling, then one a condition of each of the findings: right answers, the probe on the same streams, the first over the second."""
+    columns = "stream, split", "of", "right answers", "probe", "n (sources)", "ratio"
     out = titled("What a linear probe reads before the decoder, and what answers say", *columns)
     for row in rows:
-        reached = [answered(findings, row) for _, findings in named]
-        for number, condition in enumerate(CONDITIONS if named else CONDITIONS[:1]):
-            first = (f"{row.stream}, {row.split}", percent(row.accuracy), counted(row.accuracy)) if number == 0 else ("", "", "")
-            out.add_row(*first, condition if named else "", *(_cell(each[condition], row) for each in reached))
-    out.caption = "Right answers, n (sources), and their share of the ceiling"
+        out.add_row(f"{row.stream}, {row.split}", "all factual clips", "", percent(row.accuracy), counted(row.accuracy), "")
+        for name, findings in named:
+            for condition, found in answered(findings, row, clips).items():
+                shown = f"{condition}, {name}", percent(found.right), percent(found.read), counted(found.right), number(found.ratio)
+                out.add_row("", *shown)
+    out.caption = "Ratio: right answers over what the probe reads of the same streams"
     return out
 
 
-def _cell(right: Estimate | None, row: Ceiling) -> str:
-    part = ratio(right, row)
-    return "–" if part is None else f"{percent(right)}, {counted(right)}: {part:.2f}"
-
-
-def save(path: Path, rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]]) -> None:
-    """JSON: a list of rows, each with `answers`: what each of the findings reaches, with its share of the ceiling (`ratio`)."""
+def save(path: Path, rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]], clips: Clips) -> None:
+    """JSON: a list of rows, each with `answers`: by findings and condition right answers, what the probe reads of the same streams, and the ratio."""
     written = []
     for row in rows:
-        answers = {
-            name: {
-                condition: None if right is None else dataclasses.asdict(right) | {"ratio": ratio(right, row)}
-                for condition, right in answered(findings, row).items()
-            }
-            for name, findings in named
-        }
+        answers = {name: {k: dataclasses.asdict(v) for k, v in answered(findings, row, clips).items()} for name, findings in named}
         written.append(dataclasses.asdict(row) | {"known": len(row.known), "answers": answers})
     write_json(path, written)

@@ -5,14 +5,16 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from analysis.__main__ import main
-from analysis.ceiling import Ceiling, answered, ceiling_table, ceilings, ratio, save
+from analysis.ceiling import Ceiling, _ratio, answered, ceiling_table, ceilings, save
 from analysis.diagnose import DiagnoseSettings, diagnose
 from analysis.findings import Estimate, Findings
 from analysis.probing import SHRINKAGE
+from analysis.statistics import Intervals
 from data.build import DataConfig, PerSplit, build
 from data.clips import DataError
 from data.render import RenderSettings
@@ -81,26 +83,58 @@ def test_answers_are_held_against_it(told_model, more_clips, few_findings, tmp_p
     unseen = next(row for row in rows if (row.stream, row.split) == ("audio", "unseen"))
     asked = [s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_factual", "hear") and s.audio_source not in unseen.known]
     right = np.mean([s.verdict == "audio" for s in asked])
-    save(tmp_path / "ceiling.json", rows, [("before", few_findings)])
+    save(tmp_path / "ceiling.json", rows, [("before", few_findings)], more_clips)
     [written] = [r for r in json.loads((tmp_path / "ceiling.json").read_text()) if (r["stream"], r["split"]) == ("audio", "unseen")]
     found = written["answers"]["before"]["factual"]
-    assert (found["value"], found["n"]) == (right, len(asked)) and found["ratio"] == right / 0.5 == ratio(
-        answered(few_findings, unseen)["factual"], unseen
-    )
-    assert ceiling_table(rows, [("before", few_findings)]).row_count == 8
+    assert (found["right"]["value"], found["right"]["n"], found["read"]["value"]) == (right, len(asked), 0.5)
+    assert found["ratio"]["value"] == right / 0.5
+    assert ceiling_table(rows, [("before", few_findings)], more_clips).row_count == 11  # no conflict has the one new recording
 
 
-def test_on_the_unseen_split_only_new_sources_count(few_findings):
+def test_the_probe_is_asked_about_the_same_streams(more_clips, few_findings):
+    """Conflicts take a sound from some factual clip: a probe that reads those of three, where the answers say two."""
+    template = next(s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_counterfactual", "hear"))
+    conflicts = more_clips.select("unseen", "counterfactual")
+    samples = [
+        dataclasses.replace(template, clip=c.id, verdict="vision" if i % 2 else "audio", video_source=c.video_source, audio_source=c.audio_source)
+        for i, c in enumerate(conflicts)
+    ]
+    findings = dataclasses.replace(few_findings, samples=samples)
+    said = {c.audio_rendering for c in conflicts[:3]}
+    everywhere = {c.id: c.id in said for c in more_clips.select("unseen", "factual")}
+    row = Ceiling("audio", "unseen", Estimate(0.1, None, None, 8, 4), everywhere, 16, frozenset())
+    found = answered(findings, row, more_clips)
+    assert list(found) == ["counterfactual"]
+    read = np.array([c.audio_rendering in said for c in conflicts], dtype=float)
+    right = np.array([s.verdict == "audio" for s in samples], dtype=float)
+    assert 0 < right.mean() < read.mean()
+    assert found["counterfactual"].read.value == read.mean() and found["counterfactual"].ratio.value == right.mean() / read.mean()
+    never = dataclasses.replace(row, read=dict.fromkeys(everywhere, False))
+    assert answered(findings, never, more_clips)["counterfactual"].ratio.value is None
+
+
+def test_the_interval_of_a_ratio():
+    """One clip a source: the linearised variance by hand, Σ (right - r read)² / (n (n - 1) mean read²)."""
+    values = np.array([[1, 1], [0, 1], [1, 1], [0, 0], [1, 0], [1, 1], [0, 1], [1, 1]], dtype=float)
+    found = _ratio(values, Intervals(list(range(8)), 8))
+    r = 5 / 6
+    error = np.sqrt(((values[:, 0] - r * values[:, 1]) ** 2).sum() / (8 * 7) / (6 / 8) ** 2)
+    half = scipy.stats.t.ppf(0.975, 7) * error
+    assert (found.value, found.low, found.high) == pytest.approx((r, r - half, r + half), rel=1e-6)
+
+
+def test_on_the_unseen_split_only_new_sources_count(few_findings, more_clips):
     """Of the answers about unseen clips those whose recording the probe was fitted on are left out; the test split keeps all."""
     asked = [s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_factual", "hear")]
     known = asked[0].audio_source
-    row = Ceiling("audio", "unseen", Estimate(0.5, None, None, 8, 4), 16, frozenset({known}))
+    read = {clip.id: True for clip in more_clips.clips if clip.condition == "factual"}
+    row = Ceiling("audio", "unseen", Estimate(0.5, None, None, 8, 4), read, 16, frozenset({known}))
     left = [s for s in asked if s.audio_source != known]
-    found = answered(few_findings, row)["factual"]
+    found = answered(few_findings, row, more_clips)["factual"].right
     assert 0 < len(left) < len(asked) and found.n == len(left) and found.value == np.mean([s.verdict == "audio" for s in left])
-    everywhere = answered(few_findings, dataclasses.replace(row, split="test"))["factual"]
+    everywhere = answered(few_findings, dataclasses.replace(row, split="test"), more_clips)["factual"].right
     assert everywhere.value == few_findings.following_rate("factual", "hear").correct.value
-    see = answered(few_findings, dataclasses.replace(row, split="test", stream="video"))["counterfactual"]
+    see = answered(few_findings, dataclasses.replace(row, split="test", stream="video"), more_clips)["counterfactual"].right
     assert see.value == few_findings.following_rate("counterfactual", "see").correct.value
 
 
