@@ -24,7 +24,7 @@ from data.clips import Clip, Clips, DataError
 from data.questions import Modality, answer, question
 from models import AVLLM, Cut, Kind
 from models.attention import Cuts
-from models.avllm import Output, Prefix, Suffix
+from models.sequences import Output, Prefix, Suffix
 
 MODALITIES: tuple[Modality, ...] = ("hear", "see")
 

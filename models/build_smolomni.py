@@ -42,10 +42,11 @@ from data.files import write_json
 from data.questions import ANSWERS, MODALITIES, QUESTIONS, Modality, answer
 from data.render import RenderSettings
 from data.sources import SourceClass, load_sources
-from models.avllm import Example, Media, ModelError, StreamFeatures
+from models.avllm import ModelError
 from models.load import load_model
 from models.organism import Renderings, Streams, encode_all, render_streams
 from models.pretrained import FRAME, assemble, sentence_model
+from models.sequences import Example, Media, StreamFeatures
 from models.smolomni import SmolOmni
 
 ADAPTERS = Path(__file__).parent / "smolomni"

@@ -34,9 +34,10 @@ from data.media import read_audio, read_video, write_mp4
 from data.questions import NOTHING, QUESTIONS, Modality, answer, question
 from data.render import DEFAULTS, RenderSettings, render_frames, render_wave
 from data.sources import SourceClass, load_sources
-from models.avllm import AVLLM, Media, StreamFeatures
+from models.avllm import AVLLM
 from models.load import load_model
 from models.qwen2_5_omni import Qwen25Omni
+from models.sequences import Media, StreamFeatures
 from models.tiny import build_tiny
 
 MEASURED_SEED = 900_000  # renderings from here on are only measured on

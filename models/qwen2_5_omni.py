@@ -13,7 +13,8 @@ import torch
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from models.attention import IMPLEMENTATION, Kind
-from models.avllm import AUDIO_RATE, AVLLM, Layout, ModelError, StreamFeatures
+from models.avllm import AUDIO_RATE, AVLLM, ModelError
+from models.sequences import Layout, StreamFeatures
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 TEMPLATE = (

@@ -19,16 +19,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from models.attention import Cut, CutError, Cuts, Kind, Packed, Shared
-
-if TYPE_CHECKING:
-    from models.avllm import Prefix, Suffix
+from models.sequences import Prefix, Suffix
 
 MEDIA = (1 << Kind.SYSTEM) | (1 << Kind.VIDEO) | (1 << Kind.AUDIO)
 Ints = NDArray[np.int64]

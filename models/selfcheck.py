@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 
 from models.attention import IMPLEMENTATION, SITES, Cut, CutError, Cuts, FlowTap, Instruments, Kind
-from models.avllm import AVLLM, Batch, Example, Media, Prefix, StreamFeatures, Suffix
+from models.avllm import AVLLM
 from models.reuse import Decoding, Reuse
+from models.sequences import Batch, Example, Media, Prefix, StreamFeatures, Suffix
 
 # Largest difference of two exact computations, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 6e-2}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.questions import answer
 from models import AVLLM, Cut, Kind, Media
-from models.avllm import Batch, Decoded, Example, Suffix, answer_logprobs
+from models.sequences import Batch, Decoded, Example, Suffix, answer_logprobs
 from train import objective
 from train.config import COMPARED, LossPart
 from train.objective import IGNORED

@@ -30,7 +30,8 @@ import torch
 
 from data.clips import Clip, Clips, Grid
 from models import load_model
-from models.avllm import AVLLM, StreamFeatures
+from models.avllm import AVLLM
+from models.sequences import StreamFeatures
 from models.tiny import build_tiny
 
 WIDTH, HEAD = 64, 16  # hidden size, size of an attention head

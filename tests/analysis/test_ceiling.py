@@ -19,7 +19,7 @@ from data.build import DataConfig, PerSplit, build
 from data.clips import DataError
 from data.render import RenderSettings
 from models import load_model
-from models.avllm import StreamFeatures
+from models.sequences import StreamFeatures
 
 CLASSES = ("dog", "cat", "rooster", "train")
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from models import SITES, Cut, CutError, Kind, Media, load_model, self_check
-from models.avllm import Example, StreamFeatures
+from models.sequences import Example, StreamFeatures
 from models.tiny import build_tiny
 
 QUESTIONS = ("What do you hear?", "Which object can be seen in the video?", "What sound is this?")

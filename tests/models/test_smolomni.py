@@ -16,7 +16,6 @@ from analysis.plain_text import PASSAGES, QUESTIONS
 from data.media import read_audio, read_video
 from data.sources import load_sources
 from models import Media, ModelError, load_model
-from models.avllm import StreamFeatures
 from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, backward, halves, join, keep, resume
 from models.organism import Streams, encode_all
 from models.pretrained import (
@@ -31,6 +30,7 @@ from models.pretrained import (
     sentence_model,
     vision_part,
 )
+from models.sequences import StreamFeatures
 from models.smolomni import CHANNELS, EfficientNetTower, SmolOmni, SmolOmniConfig, SmolOmniThinker
 from models.tiny import build_tokenizer, corpus, tiny_config
 
