@@ -79,12 +79,16 @@ class DataPart:
     """Of the four clips of a group, how many are also asked about both streams at once. None: the plan decides."""
     bare: int | None = None
     """Clips beside each four from which one stream is taken away. None: the plan decides."""
+    faint: float | None = None
+    """Of the muted and blanked clips among these, the share whose file has faint noise instead of nothing at all. None: that of the clip folder."""
     text: str | None = None
     """File of plain text, a passage a line, for loss.text_retention."""
 
     def __post_init__(self) -> None:
         if not 0 < self.dose <= 1:
             raise ConfigError(f"data.dose is {self.dose}: it is a share of the training clips and has to lie in (0, 1].")
+        if self.faint is not None and not 0 <= self.faint <= 1:
+            raise ConfigError(f"data.faint is {self.faint}: it is a share and has to lie in [0, 1], or left out and the clip folder decides.")
         for name, most in (("both", 4), ("bare", 16)):
             if (value := getattr(self, name)) is not None and not 0 <= value <= most:
                 raise ConfigError(f"data.{name} is {value}: a number of clips from 0 to {most}, or left out and the plan decides.")

@@ -27,6 +27,7 @@ from train.plan import Plan
 STREAMS: tuple[Literal["hear", "see"], ...] = ("hear", "see")
 Taken = Literal["muted", "blanked", "no sound", "no picture"]
 TAKEN: tuple[Taken, ...] = ("muted", "blanked", "no sound", "no picture")
+NOISE = frozenset({"near_silence", "near_black"})  # renderings that are faint noise
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ def _bare_asks(clips: Clips, taken: Taken, wording: dict[Modality, str], config:
     """See-, hear- and both-question about a clip without one stream: its file has silence or black, or the stream is not given at all."""
     usable = _factual_used(clips, config)
     made = [c for c in clips.select("train", taken) if {c.video_rendering, c.audio_rendering} & usable] if taken in ("muted", "blanked") else []
+    if made and config.data.faint is not None:
+        faint = rng.random() < config.data.faint
+        made = [c for c in made if bool({c.video_rendering, c.audio_rendering} & NOISE) == faint] or made
     pool = made or [c for c in clips.select("train", "factual") if c.id in usable]
     clip = pool[rng.integers(len(pool))]
     video, audio = bool(made) or taken in ("muted", "no sound"), bool(made) or taken in ("blanked", "no picture")

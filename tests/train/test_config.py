@@ -62,6 +62,7 @@ def test_saved_and_loaded_are_equal(tmp_path):
         ("loss: {counterfactual_ce: 0, distillation: 0, mirror: 0}", "nothing would be learnt"),
         ("loss: {retention: -1}", "at least 0"),
         ("lora: {projections: [q]}", "choose from q_proj"),
+        ("data: {faint: 2}", "a share"),
         ("run: {keep: 0}", "run.keep is 0"),
         ("a: [", "cannot be read as YAML"),
     ],

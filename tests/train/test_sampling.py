@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from data.clips import Clips, DataError
@@ -132,6 +133,21 @@ def test_bare_clips_are_of_the_dose(clips, config, plan):
     drawn = [a.clip for step in range(20) for group in sample_step(clips, settings, plan, step) for a in group.asks if a.bare]
     assert len({c.video_rendering for c in drawn} - EMPTY) > 1
     assert {r for c in drawn for r in (c.video_rendering, c.audio_rendering)} - EMPTY <= used < {c.id for c in clips.select("train", "factual")}
+
+
+def test_the_share_of_faint_noise(clips, config, plan):
+    """Of muted and blanked clips; what is left out of the setting draws them as they come, and the other ways of taking a stream away stay."""
+
+    def drawn(faint):
+        settings = dataclasses.replace(config, data=DataPart(faint=faint))
+        bare = [a for step in range(60) for group in sample_step(clips, settings, plan, step) for a in group.asks if a.bare and a.modality == "hear"]
+        assert sum(not a.audio for a in bare) == sum(not a.video for a in bare) == len(bare) // 4
+        shown = [({a.clip.video_rendering, a.clip.audio_rendering} & EMPTY).pop() for a in bare if a.audio and a.video]
+        return np.mean([name.startswith("near") for name in shown])
+
+    assert drawn(1.0) == 1 and drawn(0.0) == 0
+    assert 0.65 < drawn(0.75) < 0.85
+    assert 0.3 < drawn(None) < 0.7
 
 
 def test_text_that_cannot_be_used(tmp_path):
