@@ -137,7 +137,7 @@ class Report:
     out: Path
     """The page to write."""
     names: tuple[str, ...] | None = None
-    """What to call each of the findings; by default the file's name."""
+    """What to call each of the findings; by default the file's name, with the folders in which equal names differ."""
     plan: Path | None = None
     """plan.json of a training run."""
     figure: Path | None = None
@@ -153,7 +153,7 @@ class Report:
             raise UsageError(f"{self.figure}: the figure is an SVG; name a file that ends in .svg.")
         if not self.findings:
             raise UsageError("report needs at least one findings file; `python -m analysis diagnose` writes one.")
-        names = self.names or tuple(path.stem for path in self.findings)
+        names = self.names or _told_apart(self.findings)
         if len(names) != len(self.findings):
             raise UsageError(f"--names gives {len(names)} names for {len(self.findings)} findings.")
         loaded = [Findings.load(path) for path in self.findings]
@@ -263,14 +263,15 @@ class Ceiling:
         if self.out is not None:
             _writable(self.out)
         clips = load_clips(self.clips)
-        named = []
+        loaded = []
         for path in self.findings:
             found = Findings.load(path)
             if found.data_hash != clips.data_hash or found.split != "test":
                 raise UsageError(f"{path} was measured on other clips than the test split of {self.clips}.")
             if Path(found.model).resolve() != Path(self.model).resolve():
                 raise UsageError(f"{path} is of {found.model}, not of {self.model}, whose towers may let other things through.")
-            named.append((path.stem if len({p.stem for p in self.findings}) == len(self.findings) else str(path), found))
+            loaded.append(found)
+        named = list(zip(_told_apart(self.findings), loaded, strict=True))
         rows = ceilings(load_model(self.model, device=_device(self.device), dtype=getattr(torch, self.dtype)), clips)
         if self.out is not None:
             save(self.out, rows, named, clips)
@@ -378,6 +379,15 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def _told_apart(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Names of files: without ending and, where these are equal, with the parts of their folders in which they differ."""
+    parts = [path.with_suffix("").parts for path in paths]
+    places = [at for at in range(min(map(len, parts), default=0), 0, -1) if at == 1 or len({part[-at] for part in parts}) > 1]
+    short = tuple("/".join(part[-at] for at in places) for part in parts)
+    stems = tuple(path.stem for path in paths)
+    return stems if len(set(stems)) == len(paths) else short if len(set(short)) == len(paths) else tuple(map(str, paths))
 
 
 def _writable(path: Path) -> None:

@@ -28,7 +28,7 @@ from analysis.findings import Estimate, Findings, Sample
 from analysis.items import clip_clusters
 from analysis.probing import probe_predictions
 from analysis.statistics import Intervals, by_source
-from analysis.tables import counted, number, percent, titled
+from analysis.tables import counted, number, percent, share, titled
 from data.clips import Clip, Clips, DataError, Split
 from data.files import write_json
 from models import AVLLM
@@ -135,14 +135,13 @@ def _ratio(values: NDArray, intervals: Intervals) -> Estimate:
 
 def ceiling_table(rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]], clips: Clips) -> Table:
     """A row a ceiling, then one a condition of each of the findings: right answers, the probe on the same streams, the first over the second."""
-    columns = "stream, split", "of", "right answers", "probe", "n (sources)", "ratio"
+    columns = "stream, split", "right answers", "probe", "n (sources)", "ratio"
     out = titled("What a linear probe reads before the decoder, and what answers say", *columns)
     for row in rows:
-        out.add_row(f"{row.stream}, {row.split}", "all factual clips", "", percent(row.accuracy), counted(row.accuracy), "")
+        out.add_row(f"{row.stream}, {row.split}", "", percent(row.accuracy), counted(row.accuracy), "", style="bold")
         for name, findings in named:
             for condition, found in answered(findings, row, clips).items():
-                shown = f"{condition}, {name}", percent(found.right), percent(found.read), counted(found.right), number(found.ratio)
-                out.add_row("", *shown)
+                out.add_row(f"{condition}, {name}", percent(found.right), share(found.read.value), counted(found.right), number(found.ratio))
     out.caption = "Ratio: right answers over what the probe reads of the same streams"
     return out
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import scipy.stats
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from analysis.__main__ import main
+from analysis.__main__ import _told_apart, main
 from analysis.ceiling import Ceiling, _ratio, answered, ceiling_table, ceilings, save
 from analysis.diagnose import DiagnoseSettings, diagnose
 from analysis.findings import Estimate, Findings
@@ -145,6 +146,14 @@ def test_the_command(model_folder, more_clips, few_findings, tmp_path, capsys):
     assert "probe" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out.json").read_text())) == 4
     assert main(["ceiling", *arguments]) == 0  # without findings
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    runs = [Path("out/plan/seed_0/findings/before.json"), Path("out/plan/seed_0/findings/after.json"), Path("out/plan/seed_1/findings/after.json")]
+    assert _told_apart(runs) == ("seed_0/before", "seed_0/after", "seed_1/after")
+    assert _told_apart(runs[:2]) == ("before", "after")
+    assert _told_apart([Path("after.json"), Path("b/after.json")]) == ("after.json", "b/after.json")
+    assert _told_apart([]) == ()
 
 
 def test_findings_of_other_clips_are_refused(model_folder, more_clips, few_findings, tmp_path, capsys):
