@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from analysis.findings import Findings, FindingsError
 from analysis.judge_cache import CacheError, ReplyCache
@@ -296,8 +296,8 @@ class Ablate:
     """Instead of the seeds that the sets name."""
     arms: tuple[str, ...] | None = None
     """Only these arms."""
-    overrides: Annotated[tuple[str, ...], arg(name="set")] = ()
-    """key=value settings of training for all arms, e.g. schedule.steps=200. What an arm sets itself stays."""
+    overrides: UseAppendAction[Annotated[tuple[tuple[str, ...], ...], arg(name="set")]] = ()
+    """key=value settings of training for all arms, e.g. schedule.steps=200; can be given several times. What an arm sets itself stays."""
     accelerate_config: Path | None = None
     """Config file for `accelerate launch`, e.g. accelerate_config.yaml. By default one process a run."""
 
@@ -314,7 +314,7 @@ class Ablate:
             raise UsageError(f"--jobs {self.jobs}: at least 1 run at a time.")
         if self.accelerate_config is not None and not self.accelerate_config.is_file():
             raise UsageError(f"--accelerate-config {self.accelerate_config} is no file.")
-        sets = [load_set(path, self.overrides, self.seeds, self.arms) for path in self.sets]
+        sets = [load_set(path, [text for given in self.overrides for text in given], self.seeds, self.arms) for path in self.sets]
         if missing := sorted(set(self.arms or ()) - {arm.name for one in sets for arm in one.arms}):
             raise UsageError(f"--arms {missing[0]}: none of the sets has such an arm.")
         _writable(self.out / "ablation.json")

@@ -247,7 +247,12 @@ def test_a_set_that_does_not_fit_is_refused(tmp_path, changes, message):
 
 def test_the_command_line_refuses(tmp_path, capsys):
     path = str(a_set(tmp_path))
-    for flags, message in ((["--set", "lora.r"], "write key=value"), (["--jobs", "0"], "--jobs 0"), (["--arms", "z"], "--arms z")):
+    for flags, message in (
+        (["--set", "lora.r"], "write key=value"),
+        (["--set", "lora.r", "--set", "lora.alpha=8"], "write key=value"),  # a second --set adds to the first
+        (["--jobs", "0"], "--jobs 0"),
+        (["--arms", "z"], "--arms z"),
+    ):
         assert main(["ablate", path, "--out", str(tmp_path / "out"), *flags]) == 2
         assert message in capsys.readouterr().err
 
