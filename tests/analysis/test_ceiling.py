@@ -151,6 +151,7 @@ def test_the_command(model_folder, more_clips, few_findings, tmp_path, capsys):
 def test_files_of_one_name_are_told_apart_by_their_folders():
     runs = [Path("out/plan/seed_0/findings/before.json"), Path("out/plan/seed_0/findings/after.json"), Path("out/plan/seed_1/findings/after.json")]
     assert _told_apart(runs) == ("seed_0/before", "seed_0/after", "seed_1/after")
+    assert _told_apart(runs[1:]) == ("seed_0/after", "seed_1/after")  # what they have in common is said too where it is the file's own name
     assert _told_apart(runs[:2]) == ("before", "after")
     assert _told_apart([Path("after.json"), Path("b/after.json")]) == ("after.json", "b/after.json")
     assert _told_apart([]) == ()
