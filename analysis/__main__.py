@@ -300,12 +300,15 @@ class Ablate:
     """key=value settings of training for all arms, e.g. schedule.steps=200; can be given several times. What an arm sets itself stays."""
     accelerate_config: Path | None = None
     """Config file for `accelerate launch`, e.g. accelerate_config.yaml. By default one process a run."""
+    publish: Path | None = None
+    """Copy settings, losses and findings of the runs that are done to this folder, small enough for git: no weights, no media, relative paths."""
 
     def run(self, console: Console) -> None:
         """Read the sets, run what is missing, compare, write, show."""
-        from analysis.ablate import load_set, plan_jobs, run_jobs
+        from analysis.ablate import is_done, load_set, plan_jobs, run_jobs
         from analysis.ablation import Ablation, compare_arms, read_run
         from analysis.ablation_report import ablation_tables, markdown, write_page
+        from analysis.publish import publish
         from data.files import write_text
 
         if not self.sets:
@@ -314,6 +317,8 @@ class Ablate:
             raise UsageError(f"--jobs {self.jobs}: at least 1 run at a time.")
         if self.accelerate_config is not None and not self.accelerate_config.is_file():
             raise UsageError(f"--accelerate-config {self.accelerate_config} is no file.")
+        if self.publish is not None and self.publish.resolve() == self.out.resolve():
+            raise UsageError(f"--publish {self.publish} is --out itself. Give another folder.")
         sets = [load_set(path, [text for given in self.overrides for text in given], self.seeds, self.arms) for path in self.sets]
         if missing := sorted(set(self.arms or ()) - {arm.name for one in sets for arm in one.arms}):
             raise UsageError(f"--arms {missing[0]}: none of the sets has such an arm.")
@@ -335,6 +340,8 @@ class Ablate:
         write_page(self.out / "ablation.html", ablation)
         console.print(*ablation_tables(ablation), sep="\n")
         console.print(f"The page is in {self.out / 'ablation.html'}.")
+        if self.publish is not None:
+            publish([job.folder for job in jobs.values() if is_done(job)], self.out, self.publish)
         if problems := [f"{job.name}: {job.problem}" for job in jobs.values() if job.problem]:
             raise FailedRuns(f"{len(problems)} of {len(jobs)} runs failed. The same command tries them again.\n" + "\n".join(problems))
 

@@ -76,6 +76,8 @@ class DiagnoseSettings:
         for name in ("batch", "flips", "max_new_tokens", "lens_k", "knockout_width"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} has to be at least 1.")
+        if self.alone and self.factual == 0:
+            raise SettingsError(f"alone is {self.alone}, but of 0 factual clips none can lose a stream. Set factual to {self.alone} or more as well.")
         if self.probe_folds < 2:
             raise SettingsError("probe_folds has to be at least 2.")
 

@@ -519,6 +519,7 @@ class AVLLM(ABC):
     def save_adapter(self, folder: str | Path) -> None:
         """PEFT format: adapter_config.json and adapter_model.safetensors."""
         self.thinker.save_pretrained(str(folder))
+        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's model card, a form that nobody has filled in
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that training will change."""

@@ -61,7 +61,8 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
-            f"{adapter} is no adapter: it needs adapter_config.json and adapter_model.safetensors (checkpoints keep theirs in <checkpoint>/adapter)."
+            f"{adapter} is no adapter: it needs adapter_config.json and adapter_model.safetensors "
+            "(a run keeps the chosen one in <run>/adapter, each checkpoint its own in <checkpoint>/adapter)."
         )
     try:
         model.thinker = PeftModel.from_pretrained(model.thinker, str(folder), is_trainable=trainable)

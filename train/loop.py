@@ -6,7 +6,8 @@ Every stage leaves a file in the run folder, written last and atomically, so its
 goes on after the last one:
 
     config.yaml  code.txt  weights.txt  findings/plan.json  plan.json  findings/before.json  findings/selection.json
-    metrics.jsonl  checkpoints/step_000050/{adapter,state,manifest.json,findings.json}  best.json  findings/after.json  comparison.json  report.html
+    metrics.jsonl  checkpoints/step_000050/{adapter,state,manifest.json,findings.json}  best.json  findings/after.json
+    comparison.json  report.html  adapter/ (the chosen one, with a model card)
 
 A step depends on the settings, its number and the parameters only (batches, dropout and learning rate are functions of it), so a run that was
 killed and went on ends with the same bytes as one that was not.
@@ -49,6 +50,7 @@ from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
 from train.batches import Answers, loss_terms, make_micro
 from train.best import Best, choose_best, stop_reason
+from train.card import save_chosen
 from train.checkpoints import (
     CheckpointError,
     clear_leftovers,
@@ -231,6 +233,7 @@ def run(config: Config) -> Path:
         history = [("before", before), ("step 0", start), *steps, ("after", after)]
         write_report(folder / "report.html", history, clips.root, plan=dataclasses.asdict(plan), comparison=comparison)
         console.print(f"The page: {folder / 'report.html'}")
+        console.print(f"The adapter, with a model card: {save_chosen(folder, chosen, config, plan, before, after)}")
     accelerator.end_training()
     return folder
 

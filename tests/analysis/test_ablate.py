@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -252,6 +253,7 @@ def test_the_command_line_refuses(tmp_path, capsys):
         (["--set", "lora.r", "--set", "lora.alpha=8"], "write key=value"),  # a second --set adds to the first
         (["--jobs", "0"], "--jobs 0"),
         (["--arms", "z"], "--arms z"),
+        (["--publish", str(tmp_path / "out")], "--out itself"),
     ):
         assert main(["ablate", path, "--out", str(tmp_path / "out"), *flags]) == 2
         assert message in capsys.readouterr().err
@@ -374,7 +376,7 @@ def tiny_set(tmp_path_factory):
     return folder
 
 
-def test_killed_and_started_again(tiny_set, capsys):
+def test_killed_and_started_again(tiny_set, capsys, monkeypatch):
     """A run is hit by SIGKILL after its first step. The same command with both arms ends it too, and once more it starts nothing."""
     out = tiny_set / "out"
     line = ["ablate", str(tiny_set / "set.yaml"), "--out", str(out), "--jobs", "2", "--set", "run.threads=1"]
@@ -404,6 +406,17 @@ def test_killed_and_started_again(tiny_set, capsys):
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()}
     assert main(line) == 0
     assert {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()} == stamps
+
+    published, copy = tiny_set / "published", tiny_set / "copy"
+    assert main([*line, "--publish", str(published)]) == 0
+    assert not list(published.rglob("*.safetensors")) and not list(published.rglob("*.html"))
+    (before,) = {p.resolve() for p in published.glob("runs/*/*/findings/before.json")}  # once, though there are two runs
+    assert before.parent == published.resolve() / "diagnoses" and "\n" not in before.read_text().strip()
+    shutil.copytree(published, copy)  # follows links
+    monkeypatch.setattr(analysis.ablate, "command", lambda *a: [sys.executable, "-c", "raise SystemExit(9)"])  # a run that starts fails
+    assert main([argument.replace(str(out), str(copy)) for argument in line]) == 0
+    (again,) = Ablation.load(copy / "ablation.json").sets
+    assert [row.measures for row in again.arms] == [row.measures for row in one.arms]
 
     job = next(iter(jobs.values()))  # a run folder whose settings are others is not taken for this arm's
     saved = job.folder / "config.yaml"

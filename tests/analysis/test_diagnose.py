@@ -184,7 +184,12 @@ def test_a_split_without_clips_is_refused(model, clips):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch": 0}, "batch"), ({"factual": -1}, "factual is -1"), ({"probe_folds": 1}, "probe_folds")],
+    [
+        ({"batch": 0}, "batch"),
+        ({"factual": -1}, "factual is -1"),
+        ({"probe_folds": 1}, "probe_folds"),
+        ({"factual": 0, "alone": 4}, "of 0 factual clips"),
+    ],
 )
 def test_settings_are_checked(change, message):
     with pytest.raises(SettingsError, match=message):

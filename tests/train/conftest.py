@@ -103,7 +103,9 @@ def result(folder):
     metrics = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
     after = json.loads((folder / "findings" / "after.json").read_text())
     after["adapter"] = None  # its path names the run folder
-    return adapters, states, metrics, json.loads((folder / "best.json").read_text()), after, json.loads((folder / "plan.json").read_text())
+    best, plan = (json.loads((folder / name).read_text()) for name in ("best.json", "plan.json"))
+    card = (folder / "adapter" / "README.md").read_text().replace(f"# {folder.name}\n", "")
+    return adapters, states, metrics, best, after, plan, card
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import train.checkpoints
 import train.loop
+from analysis.findings import Findings
 from tests.train.conftest import result
 from train.best import Best, Rates
 from train.config import SchedulePart
@@ -39,11 +41,28 @@ def test_a_whole_run_and_once_more(arguments, tmp_path, uninterrupted, capsys):
     assert len(plan["lora_targets"]) == 6 and all("because" in choice for name, choice in plan.items() if name != "lora_targets")
     out = capsys.readouterr().out
     assert "Best checkpoint" in out and "before and after" in out and "report.html" in out
+    check_card(folder)
     uninterrupted["result"] = result(folder)
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("findings/*.json")}
     assert main([*arguments, "--run.threads", "1", "--run.keep", "5"]) == 0  # nothing is measured or trained again
     assert {p: p.stat().st_mtime_ns for p in folder.glob("findings/*.json")} == stamps
     assert result(folder) == uninterrupted["result"]
+
+
+def check_card(folder):
+    """The chosen adapter once more, with a card that the hub can read and that has the figures of the findings."""
+    best = folder / "checkpoints" / json.loads((folder / "best.json").read_text())["checkpoint"] / "adapter"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / "adapter" / name).read_bytes() == (best / name).read_bytes()
+    assert {p.name for p in best.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}  # without PEFT's empty card
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (card.data.library_name, card.data.base_model) == ("peft", config["base_model_name_or_path"])
+    (line,) = [line for line in card.text.splitlines() if line.startswith("| Factual clips: right about the sound ")]
+    for cell, name in zip(line.split("|")[2:], ("before", "after"), strict=False):
+        found = Findings.load(folder / "findings" / f"{name}.json").following_rate("factual", "hear")
+        assert found and cell.strip().startswith(f"{100 * found.correct.value:.1f} %")
+    assert f"Step {int(best.parent.name[5:])}, seed 0." in card.text
 
 
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(arguments, tmp_path, uninterrupted, monkeypatch):

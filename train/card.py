@@ -1,0 +1,117 @@
+"""The adapter that a run ends with, ready to be loaded or uploaded: PEFT format, with a model card.
+
+save_chosen(folder, checkpoint, config, plan, before, after)      # folder/adapter/
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from analysis.findings import Findings
+from analysis.tables import number, percent
+from analysis.trajectory import headline, panel
+from data.files import fsync_folder
+from train.config import Config
+from train.plan import Plan
+
+SHOWN = (  # names of analysis.trajectory.headline
+    "following/counterfactual/hear/audio",
+    "following/counterfactual/hear/vision",
+    "following/counterfactual/see/vision",
+    "following/factual/hear/correct",
+    "following/factual/see/correct",
+    "following/unseen_counterfactual/hear/audio",
+    "following/unseen_factual/hear/correct",
+    "abstention/muted/hear",
+    "abstention/near_silent/hear",
+    "abstention/blanked/see",
+    "abstention/near_black/see",
+    "reliance/hear/shortcut",
+    "language/perplexity",
+)
+CARD = """---
+{data}
+---
+# {name}
+
+LoRA on {base}, trained with avbalance so that the model answers from the stream it is asked about, also where sound and picture disagree.
+Step {step}, seed {seed}.
+
+| {split} split of {clips} | before | after |
+|---|---|---|
+{rows}
+
+Shares of answers, with 95 % intervals that cover other clips of the same kind, not another training run. {unseen}
+
+```python
+from models import load_model
+
+model = load_model("{base}", adapter="path/to/this/folder")
+```
+
+`peft.PeftModel.from_pretrained` loads it too, onto the thinker (for Qwen2.5-Omni `Qwen2_5OmniThinkerForConditionalGeneration`).
+
+## Training
+
+- **Data**: `data.train_on: {train_on}` of {clips} (data hash {data_hash}).
+- **Losses**: {weights}.
+- **Adapters**: rank {rank}, {modules} modules: {projections} of layers {layers}.
+- **Steps**: {steps} of {grids} grids of clips, learning rate {lr}.
+
+## Limits
+
+What was measured is above, for the classes, media and question wordings of these clips. Nothing is known about others:
+diagnose it on yours (`python -m analysis diagnose`). The licences of the base model and of the media apply.
+"""
+
+
+def save_chosen(folder: Path, checkpoint: Path, config: Config, plan: Plan, before: Findings, after: Findings) -> Path:
+    """Copy the adapter of `checkpoint` to `folder`/adapter, whole or not at all, with a card that says what it is and what was measured of it.
+    Returns that path.
+
+    before, after: findings of the test split.
+    """
+    final, partial = folder / "adapter", folder / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint / "adapter", partial)
+    (partial / "README.md").write_text(card(folder.name, checkpoint, config, plan, before, after), encoding="utf-8")
+    fsync_folder(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
+
+
+def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findings, after: Findings) -> str:
+    """Text of the model card, with the metadata that the hub reads."""
+    old, new = headline(before), headline(after)
+    layers, rows = plan.lora_layers.value, []
+    for key in SHOWN:
+        if key in old and key in new:
+            what = panel(key)
+            show = percent if what.rate else number
+            rows.append(f"| {what.title}: {what.line} | {show(old[key])} | {show(new[key])} |")
+    unseen = any(key in new for key in SHOWN if "unseen" in key)
+    return CARD.format(
+        data=ModelCardData(base_model=config.model.path, library_name="peft", tags=["lora", "audio-visual", "avbalance"]).to_yaml(),
+        name=name,
+        base=config.model.path,
+        step=int(checkpoint.name.removeprefix("step_")),
+        seed=config.run.seed,
+        split=after.split,
+        clips=config.data.clips,
+        rows="\n".join(rows),
+        unseen="Unseen sources: pictures and recordings of which nothing was trained on." if unseen else "",
+        train_on=config.data.train_on,
+        data_hash=after.data_hash[:12],
+        weights=", ".join(f"{term} {weight:g}" for term, weight in plan.weights().items()),
+        rank=config.lora.r,
+        modules=len(plan.lora_targets),
+        projections=", ".join(plan.lora_projections.value),
+        layers=f"{layers[0]} to {layers[-1]}" if layers == list(range(layers[0], layers[-1] + 1)) else ", ".join(map(str, layers)),
+        steps=plan.steps.value,
+        grids=config.schedule.grids,
+        lr=f"{config.schedule.lr:g}",
+    )
