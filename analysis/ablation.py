@@ -55,6 +55,7 @@ MEASURES = {
     "caption_sound": Shown("captions, sound", "sound side of captions of conflicts, asked about both"),
     "caption_picture": Shown("captions, picture", "picture side of the same captions"),
     "perplexity": Shown("perplexity", "of plain text without picture and sound; its change is a share of what it was", rate=False),
+    "plain_questions": Shown("plain questions", "simple questions in plain text answered right, without picture and sound"),
     "factual": Shown("factual", "the lower of the two factual rates"),
     "worst": Shown("worst-of", "the lowest of audio-following, see-accuracy and the two factual rates"),
 }
@@ -379,8 +380,8 @@ def _keys(name: str, findings: Findings) -> list[list[Key]]:
             return [[key] for key in keys if _kept(findings, [key]) is not None]
         case "false_abstention":
             return [[Key("following", "counterfactual", "hear", "", "nothing")]]
-        case "perplexity":
-            key = Key("language", None, None, "", "nll")
+        case "perplexity" | "plain_questions":
+            key = Key("language", None, None, "", "nll" if name == "perplexity" else "right")
             return [[key]] if _kept(findings, [key]) else []
         case "caption_sound" | "caption_picture":
             judge = next((c.judge for c in findings.fidelity if (c.condition, c.question, c.cut) == ("counterfactual", "both", None)), None)

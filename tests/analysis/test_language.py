@@ -326,11 +326,13 @@ def test_over_training():
 
 
 def test_ablations_show_what_training_cost():
-    """Two seeds of +0.1 and +0.3 nats a token in every passage: +0.2 on average, sure to the last digit; the reference's is +0.1."""
+    """Two seeds of +0.1 and +0.3 nats a token in every passage: +0.2 on average, sure to the last digit; the reference's is +0.1. Of four questions
+    two are answered before and by the reference, two and none by the other's seeds.
+    """
     arms = {"plan": ("", {}), "other": ("", {})}
     runs = {
         "plan": [Run(0, "", BEFORE, findings([1.1, 2.1, 3.1]), 1.0, 1, "")],
-        "other": [Run(s, "", BEFORE, findings([1 + d, 2 + d, 3 + d]), 1.0, 1, "") for s, d in ((0, 0.1), (1, 0.3))],
+        "other": [Run(s, "", BEFORE, findings([1 + d, 2 + d, 3 + d], right), 1.0, 1, "") for s, d, right in ((0, 0.1, "1100"), (1, 0.3, "0000"))],
     }
     result = compare_arms("t", "", "plan", arms, runs)
     untrained, other = result.before.measures["perplexity"], result.arms[1].measures["perplexity"]
@@ -343,6 +345,8 @@ def test_ablations_show_what_training_cost():
     assert other.difference.value == pytest.approx(math.expm1(0.1))
     [row] = [line for line in markdown(Ablation([result])).splitlines() if line.startswith("| other ")]
     assert "| 9.03 ± 1.28 | +22.1 % (+22.1 to +22.1) |" in row
+    asked = result.arms[1].measures["plain_questions"]
+    assert (asked.seeds, asked.gain.value, asked.difference.value) == ([0.5, 0.0], -0.25, -0.25) and "| 25.0 % ± 35.4 |" in row
     table = shown(ablation_tables(Ablation([result])))
     assert "+22.1 %" in table and "7.39" in table
 
