@@ -31,6 +31,7 @@ SHOWN = (  # names of analysis.trajectory.headline
     "abstention/near_black/see",
     "reliance/hear/shortcut",
     "language/perplexity",
+    "language/right",
 )
 CARD = """---
 {data}
