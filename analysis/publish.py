@@ -31,9 +31,8 @@ def publish(runs: Sequence[Path], out: Path, to: Path) -> None:
         for name in PARTS:
             if (run / name).is_file():
                 write_text(home / name, _text(run / name))
-        before = home / "findings" / "before.json"
+        before, text = home / "findings" / "before.json", _text(run / "findings" / "before.json")
         before.unlink(missing_ok=True)
-        text = _text(run / "findings" / "before.json")
         if text in shared:
             before.symlink_to(os.path.relpath(shared[text], before.parent))
         else:

@@ -14,6 +14,7 @@ from analysis.findings import Findings
 from analysis.tables import number, percent
 from analysis.trajectory import headline, panel
 from data.files import fsync_folder
+from train.checkpoints import step_of
 from train.config import Config
 from train.plan import Plan
 
@@ -60,7 +61,7 @@ model = load_model("{base}", adapter="path/to/this/folder")
 - **Data**: `data.train_on: {train_on}` of {clips} (data hash {data_hash}).
 - **Losses**: {weights}.
 - **Adapters**: rank {rank}, {modules} modules: {projections} of layers {layers}.
-- **Steps**: {steps} of {grids} grids of clips, learning rate {lr}.
+- **Steps**: {steps} of {grids} groups of four clips, learning rate {lr}.
 
 ## Limits
 
@@ -99,7 +100,7 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
         data=ModelCardData(base_model=config.model.path, library_name="peft", tags=["lora", "audio-visual", "avbalance"]).to_yaml(),
         name=name,
         base=config.model.path,
-        step=int(checkpoint.name.removeprefix("step_")),
+        step=step_of(checkpoint),
         seed=config.run.seed,
         split=after.split,
         clips=config.data.clips,
