@@ -1,4 +1,4 @@
-"""SmolOmni's tower as a drop-in, its checkpoints, and the readers of its parts. (The exact-mapping claims are checked by `make smolomni` itself.)"""
+"""SmolOmni's tower as a drop-in, its checkpoints, and the readers of its parts. (That they are mapped exactly: test_pretrained.py.)"""
 
 import os
 import struct
