@@ -46,7 +46,7 @@ Step {step}, seed {seed}.
 |---|---|---|
 {rows}
 
-Shares of answers, with 95 % intervals that cover other clips of the same kind, not another training run. {unseen}
+Shares of answers in %, with 95 % intervals that cover other clips of the same kind, not another training run. {unseen}
 
 ```python
 from models import load_model
@@ -96,8 +96,9 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
             show = percent if what.rate else number
             rows.append(f"| {what.title}: {what.line} | {show(old[key])} | {show(new[key])} |")
     unseen = any(key in new for key in SHOWN if "unseen" in key)
+    hub_name = None if Path(config.model.path).is_dir() else config.model.path  # the hub would take a folder for a model of its own
     return CARD.format(
-        data=ModelCardData(base_model=config.model.path, library_name="peft", tags=["lora", "audio-visual", "avbalance"]).to_yaml(),
+        data=ModelCardData(base_model=hub_name, library_name="peft", tags=["lora", "audio-visual", "avbalance"]).to_yaml(),
         name=name,
         base=config.model.path,
         step=step_of(checkpoint),
