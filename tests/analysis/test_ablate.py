@@ -206,7 +206,8 @@ def test_a_baseline_has_no_term_that_the_plan_would_add():
     published = [settings for name, settings in arms.items() if name not in ("plan", "label_free", "sft_regularised")]
     assert len(published) == 5 and all(settings["data.bare"] == 0 for settings in published)  # the base sets it
     plain, kept = arms["counterfactual_sft"], arms["sft_regularised"]
-    assert {key for key in kept if kept[key] != plain[key]} == {"data.bare", "loss.abstention", "loss.text_retention"}
+    given = {"data.bare": 2, "loss.abstention": 0.4, "loss.text_retention": 2}  # what the plan's runs have (their plan.json)
+    assert {key: kept[key] for key in kept if kept[key] != plain[key]} == given
 
 
 def a_set(tmp_path, **changes):

@@ -1,13 +1,16 @@
-"""Originals into the thinker: the mapping and its check, with random weights in the real architectures. (`make smolomni` checks the real weights.)"""
+"""Originals into the thinker: the mapping and its check, with random weights in the real architectures. (`make smolomni` checks the real ones,
+and only it can show that this file's idea of CTranslate2's layout is theirs.)"""
 
 import struct
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from data.sources import load_sources
 from models import ModelError
 from models.pretrained import PHOTOGRAPHS, audio_part, build_processor, check_parts, configuration, fill, fill_text, imagenet
 from models.smolomni import SmolOmniThinker
@@ -146,8 +149,22 @@ def test_a_small_deviation_is_found(converted, change, said):
             setattr(owner, name, value)
 
 
-def test_photographs_are_seen_through_our_processor_and_tower(converted):
-    """A classifier that is made to say a photograph's class, and one that is made not to."""
+def test_a_photograph_reaches_the_backbone_as_it_was_trained_to_see_it(converted, monkeypatch):
+    """224 pixels, red first, from -1 to 1."""
+    thinker, processor, _, _, classifier = converted
+    backbone, seen = thinker.model.visual.backbone, []
+    forward_features = backbone.forward_features
+    monkeypatch.setattr(backbone, "forward_features", lambda frames: seen.append(frames) or forward_features(frames))
+    with torch.no_grad():
+        imagenet(thinker, processor, "duck__photo", classifier)
+    [path] = [p.path for c in load_sources() for p in c.pictures if p.id == "duck__photo"]
+    expected = np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)) / 127.5 - 1
+    for frame in seen[0]:
+        assert np.abs(frame.permute(1, 2, 0).numpy() - expected).mean() < 0.01
+
+
+def test_a_photograph_of_another_class_is_reported(converted):
+    """Of what check_parts says of photographs. That they are seen rightly only the real weights can show."""
     thinker, processor, original, heard, classifier = converted
     with torch.no_grad():
         said = {name: imagenet(thinker, processor, name, classifier) for name in PHOTOGRAPHS}

@@ -56,8 +56,7 @@ def check_card(folder):
         assert (folder / "adapter" / name).read_bytes() == (best / name).read_bytes()
     assert {p.name for p in best.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}  # without PEFT's empty card
     card = ModelCard.load(folder / "adapter" / "README.md")
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert (card.data.library_name, card.data.base_model) == ("peft", config["base_model_name_or_path"])
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)  # a folder is no model of the hub
     (line,) = [line for line in card.text.splitlines() if line.startswith("| Factual clips: right about the sound ")]
     for cell, name in zip(line.split("|")[2:], ("before", "after"), strict=False):
         found = Findings.load(folder / "findings" / f"{name}.json").following_rate("factual", "hear")
