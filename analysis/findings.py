@@ -17,7 +17,7 @@ from typing import Any
 
 from data.files import write_json
 
-FORMAT = 4
+FORMAT = 5
 # Settings that say where and how fast a diagnosis ran, not what it measured.
 NEUTRAL = frozenset({"device", "threads", "batch_size", "clips_folder"})
 
