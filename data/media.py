@@ -29,7 +29,9 @@ RATE = 16_000
 SILENT_PEAK = 1e-3  # -60 dB of full scale: below this nothing can be heard
 AUDIO_BIT_RATE = 64_000
 # One thread: x264 gives the same bytes only for the same number of threads. No B-frames: decoding order is display order.
-X264 = {"crf": "20", "preset": "veryfast", "x264-params": "threads=1:bframes=0:scenecut=0", "threads": "1"}
+# cpu-independent: x264 otherwise takes code by the processor, which rounds differently, and its AVX-512 code (macroblock-tree) reads
+# memory that nobody wrote at most frame widths, so that bytes depended on what the process had done before.
+X264 = {"crf": "20", "preset": "veryfast", "x264-params": "threads=1:bframes=0:scenecut=0:cpu-independent=1", "threads": "1"}
 MP4 = {"fflags": "+bitexact"}
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+import data.media
 from data.media import MediaError, mux, read_audio, read_video, stream_hashes, write_mp4
 
 RATE = 16_000
@@ -61,6 +64,43 @@ def test_same_input_gives_the_same_bytes(one: Path, tmp_path: Path) -> None:
     assert one.read_bytes() == (tmp_path / "again.mp4").read_bytes()
     assert stream_hashes(one)[0] == stream_hashes(tmp_path / "other.mp4")[0]
     assert stream_hashes(one)[1] != stream_hashes(tmp_path / "other.mp4")[1]
+
+
+WRITE = """
+import hashlib, sys
+import numpy as np
+from data.media import write_mp4
+if sys.argv[1] == "dirty":  # memory that is handed out again with other content than zeros
+    kept = [np.full(n, 254, np.uint8) for n in (1 << k for k in range(4, 23)) for _ in range(20)]
+    del kept
+grain = np.random.default_rng(0).integers(0, 256, (8, 42, 42, 3), dtype=np.uint8)
+for size in (168, 224):
+    frames = np.kron(grain, np.ones((1, size // 42 + 1, size // 42 + 1, 1), np.uint8))[:, :size, :size]
+    write_mp4(sys.argv[2], frames, 4, np.sin(np.arange(32000) / 5).astype(np.float32))
+    print(hashlib.sha256(open(sys.argv[2], "rb").read()).hexdigest())
+"""
+
+
+def test_every_process_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever its memory holds from before."""
+    runs = [
+        subprocess.run([sys.executable, "-c", WRITE, state, str(tmp_path / "x.mp4")], capture_output=True, text=True, check=True).stdout.split()
+        for state in ("clean", "dirty", "clean", "dirty")
+    ]
+    assert len(runs[0]) == 2 and all(run == runs[0] for run in runs)
+
+
+@pytest.mark.parametrize("size", [64, 168, 224])
+def test_every_processor_gives_the_same_bytes(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x264 told to take its code for processors without SIMD, with SSE2, with AVX, and for this one."""
+    frames = np.random.default_rng(size).integers(0, 256, (8, size, size, 3), dtype=np.uint8)
+    hashes = set()
+    params = data.media.X264["x264-params"]
+    for asm in ("", ":asm=0", ":asm=SSE2", ":asm=AVX"):
+        monkeypatch.setitem(data.media.X264, "x264-params", params + asm)
+        write_mp4(tmp_path / "x.mp4", frames, 4, None)
+        hashes.add(stream_hashes(tmp_path / "x.mp4")[0])
+    assert len(hashes) == 1
 
 
 def test_codecs(one: Path) -> None:
