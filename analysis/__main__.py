@@ -234,7 +234,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a linear probe reads of sound and picture before the decoder, on known and on new sources, and how near to that the answers come.
+    """What a linear probe reads of sound and picture before the decoder, on the test split and on new sources, and how near to that the answers come.
 
     The probe is fitted on the factual clips of the train split. Adapters leave towers alone, so one ceiling serves for before and after.
     """

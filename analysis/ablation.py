@@ -56,6 +56,8 @@ MEASURES = {
     "caption_picture": Shown("captions, picture", "picture side of the same captions"),
     "perplexity": Shown("perplexity", "of plain text without picture and sound; its change is a share of what it was", rate=False),
     "plain_questions": Shown("plain questions", "simple questions in plain text answered right, without picture and sound"),
+    "hear_new": Shown("unseen, hear", "names the sound alone, asked what it hears on conflicts whose recording the train split lacks"),
+    "see_new": Shown("unseen, see", "names the picture alone, asked what it sees on conflicts whose picture the train split lacks"),
     "factual": Shown("factual", "the lower of the two factual rates"),
     "worst": Shown("worst-of", "the lowest of audio-following, see-accuracy and the two factual rates"),
 }
@@ -165,6 +167,7 @@ def compare_arms(
     untrained = [first.before]
     measures = {name: m for name in MEASURES if (m := _measure(name, untrained, None, None)) is not None}
     result.before = Row("before", "the model before training", {}, [], measures)
+    result.left_out += first.before.trained_on()
     by_code = Counter(code for done in there.values() for run in done for code in set(run.code))
     if len(by_code) > 1:
         usual = by_code.most_common(1)[0][0]
@@ -364,6 +367,9 @@ def _keys(name: str, findings: Findings) -> list[list[Key]]:
             return [right("counterfactual", "hear")]
         case "see_conflicts":
             return [right("counterfactual", "see")]
+        case "hear_new" | "see_new":
+            found = right("unseen_counterfactual", name.removesuffix("_new"))
+            return [found] if _kept(findings, found) is not None else []
         case "hear_factual":
             return [right("factual", "hear")]
         case "see_factual":

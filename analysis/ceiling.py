@@ -4,10 +4,10 @@
     ceiling_table(rows, [("before", Findings.load("before.json"))])
 
 A linear probe (that of analysis/probing.py) on the mean of a stream's rows as they enter the decoder is fitted on the factual clips of the train
-split and tried on those of the test split, whose sources it knows and whose renderings it does not, and of the unseen split, there only on clips of
-whose source the train split has nothing (some classes have one recording only). Answers are held against what the probe reads of the very streams
-that they are about: a conflict's sound is that of a factual clip. A linear read-out of a mean is a lower bound of what is there: the decoder may
-read more, and a ratio can be above 1.
+split and tried on those of the test split, whose renderings it does not know (how many of the sources it knows, the table says), and of the unseen
+split, there only on clips of whose source no clip of the train split, swapped or not, has anything (some classes have one recording only). Answers
+are held against what the probe reads of the very streams that they are about: a conflict's sound is that of a factual clip. A linear read-out of a
+mean is a lower bound of what is there: the decoder may read more, and a ratio can be above 1.
 
 Towers and projectors do not change in fine-tuning here, so one ceiling serves for before and after.
 """
@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,11 @@ from analysis.items import clip_clusters
 from analysis.probing import probe_predictions
 from analysis.statistics import Intervals, by_source
 from analysis.tables import counted, number, percent, share, titled
-from data.clips import Clip, Clips, DataError, Split
+from data.clips import Clip, Clips, DataError, Split, Stream
 from data.files import write_json
 from models import AVLLM
 
-Stream = Literal["audio", "video"]
+STREAMS: tuple[Stream, ...] = ("audio", "video")
 SPLITS: tuple[Split, ...] = ("test", "unseen")
 CONDITIONS = ("factual", "counterfactual")
 
@@ -42,8 +42,8 @@ CONDITIONS = ("factual", "counterfactual")
 class Ceiling:
     """Share of a split's factual clips whose class a linear probe reads from one stream's rows; classes without a training clip count as wrong.
 
-    read: by rendering whether the probe reads it. learned: clips that the probe was fitted on. known: their sources, of which no clip of the unseen
-    split may be.
+    read: by rendering whether the probe reads it. learned: clips that the probe was fitted on. known: the sources of the train split, of which no
+    clip of the unseen split may be.
     """
 
     stream: Stream
@@ -88,8 +88,9 @@ def ceilings(model: AVLLM, clips: Clips, progress: bool = True) -> list[Ceiling]
     names = sorted({name for clip in everything for name in (clip.video_label, clip.audio_label)})
     fold = np.arange(len(learned)), np.arange(len(learned), len(everything))
     out = []
-    for stream in get_args(Stream):
-        known = frozenset(_source(clip, stream) for clip in learned)
+    trained = clips.sources("train")
+    for stream in STREAMS:
+        known = trained[stream]
         states = np.stack([_mean(model, clip, clips.root, stream) for clip in everything])
         target = np.array([names.index(clip.audio_label if stream == "audio" else clip.video_label) for clip in everything])
         right = dict(zip((clip.id for clip in everything), probe_predictions(states, [target], [fold], len(names))[0] == target, strict=True))
@@ -142,7 +143,9 @@ def ceiling_table(rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]]
         for name, findings in named:
             for condition, found in answered(findings, row, clips).items():
                 out.add_row(f"{condition}, {name}", percent(found.right), share(found.read.value), counted(found.right), number(found.ratio))
-    out.caption = "Ratio: right answers over what the probe reads of the same streams"
+    shared = ", ".join(f"{n} of {of} {what}" for what, (n, of) in zip(("pictures", "recordings"), clips.shared_sources("test").values(), strict=True))
+    out.caption = "Ratio: right answers over what the probe reads of the same streams. The train split has " + shared + " of the test split too; of "
+    out.caption += "the unseen split only streams count whose source it lacks."
     return out
 
 

@@ -57,6 +57,7 @@ class Comparison:
     n_layers: int
     changes: list[Change] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    trained_on: list[str] = field(default_factory=list)  # sentences: what of the splits was trained on, of the findings after
     format: int = FORMAT
 
     def find(self, section: str, measure: str, condition: str | None = None, question: str | None = None, item: str = "") -> Change | None:
@@ -81,7 +82,7 @@ def compare(before: Findings, after: Findings) -> Comparison:
         raise ValueError(
             f"these findings were not measured alike, so a difference would mean nothing: {shown}. Diagnose both with the same clips and settings."
         )
-    result = Comparison(_name(before), _name(after), before.split, before.data_hash, before.n_layers)
+    result = Comparison(_name(before), _name(after), before.split, before.data_hash, before.n_layers, trained_on=after.trained_on())
     old, new = dict(_rows(before)), dict(_rows(after))
     if before.base != after.base:
         result.left_out.append(f"Token shift is not compared: the bases differ ({before.base} and {after.base}).")
@@ -128,7 +129,7 @@ def _name(findings: Findings) -> str:
 def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     """Every estimate of the findings under the key that both sides share."""
     for f in findings.following:
-        for measure in (*VERDICTS, "correct"):
+        for measure in (*VERDICTS, "correct") if f.correct.n else ():  # of the unseen split there may be no clip of a new source
             yield Key("following", f.condition, f.question, "", measure), getattr(f, measure)
     for r in findings.reliance:
         for measure in ("shortcut", "effect_audio", "effect_video"):

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from analysis.captions import CaptionTally
 from analysis.fidelity import fidelity_rows
-from analysis.findings import NEUTRAL, Findings
+from analysis.findings import NEUTRAL, Findings, Sources
 from analysis.flow import FlowTally
 from analysis.items import ItemStore
 from analysis.knockout import CutAnswers, KnockoutSweep
@@ -42,7 +42,7 @@ from analysis.tally import Record, Tally
 from analysis.tuned_lens import TunedLens, TunedLensFit, TunedTally
 from analysis.visits import Subject, Visit
 from analysis.work import Records, Work, code_hash, weights_hash
-from data.clips import Clip, Clips, DataError, Grid
+from data.clips import Clip, Clips, DataError, Grid, Stream
 from data.questions import QUESTIONS, question
 from models import AVLLM, SITES, load_model
 
@@ -67,21 +67,34 @@ class Chosen(NamedTuple):
 def choose(clips: Clips, split: str, settings: DiagnoseSettings) -> Chosen:
     """The subset of a split: grids in hash order, then the clips in the order in which these grids name them, then clips of no grid; and clips that
     lack a stream.
+
+    Of the unseen split clips that the train split has no source of come first, and grids and clips that lack a stream are only of those.
     """
-    by_id = clips.by_id()
+    by_id, trained = clips.by_id(), clips.sources("train")
     grids = sorted((g for g in clips.grids if g.split == split), key=lambda g: _hash(settings.seed, g.id))
+    if split == "unseen":
+        grids = [g for g in grids if all(_is_new(by_id[name], trained) for name in (g.oo, g.ox, g.xo, g.xx))]
 
     def ordered(condition: str, cells: Callable[[Grid], tuple[str, ...]] = lambda _: ()) -> list[Clip]:
         rest = sorted(clips.select(split, condition), key=lambda c: _hash(settings.seed, c.id))
         named = [by_id[name] for grid in grids for name in cells(grid)]
-        return list({c.id: c for c in [*named, *rest]}.values())
+        found = list({c.id: c for c in [*named, *rest]}.values())
+        return sorted(found, key=lambda c: not _is_new(c, trained)) if split == "unseen" else found
 
     return Chosen(
         first(ordered("factual", lambda g: (g.oo, g.xx)), settings.factual),
         first(ordered("counterfactual", lambda g: (g.ox, g.xo)), settings.counterfactual),
         first(grids, settings.grids),
-        {name: first([c for c in ordered(of) if _is_near(c) == name.startswith("near")], settings.bare) for name, of in BARE.items()},
+        {
+            name: first([c for c in ordered(of) if _is_near(c) == name.startswith("near") and (split != "unseen" or _is_new(c, trained))], settings.bare)
+            for name, of in BARE.items()
+        },
     )
+
+
+def _is_new(clip: Clip, trained: Mapping[Stream, frozenset[str]]) -> bool:
+    """Whether neither stream of a clip has a source that is trained on."""
+    return clip.video_source not in trained["video"] and clip.audio_source not in trained["audio"]
 
 
 def _is_near(clip: Clip) -> bool:
@@ -125,6 +138,7 @@ def diagnose(
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
     asked = stated(model, clips, settings, split, chosen)
     findings = Findings(model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, asked)
+    findings.sources = [_sources(clips, name) for name in (split, "unseen") if name == split or (split == "test" and clips.select(name))]
     base = None
     if settings.shift != 0 and model.base_path is not None:
         base = load_model(model.base_path, device=model.device, dtype=model.dtype)
@@ -141,6 +155,12 @@ def diagnose(
     finally:
         model.thinker.train(training)
     return findings
+
+
+def _sources(clips: Clips, split: str) -> Sources:
+    """What of a split the train split has too."""
+    shared = clips.shared_sources(split)
+    return Sources(split, *shared["video"], *shared["audio"], len(clips.select("train")))
 
 
 def _bar(progress: bool) -> Progress:
@@ -185,24 +205,34 @@ class _Diagnosis:
         self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
         unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)) if split == "test" else None
         self.unseen = {"unseen_factual": unseen.factual, "unseen_counterfactual": unseen.counterfactual} if unseen else {}
-        self.swept = {"factual": first(chosen.factual, settings.knockout_factual), "counterfactual": first(chosen.counterfactual, settings.knockout)}
+        trained = clips.sources("train")
+        # What is looked into beside answers: of the unseen split only clips that are new in both streams, which come first.
+        self.whole = {name: [c for c in found if split != "unseen" or _is_new(c, trained)] for name, found in self.conditions.items()}
+        counts = {"factual": settings.knockout_factual, "counterfactual": settings.knockout}
+        self.swept = {name: first(found, counts[name]) for name, found in self.whole.items()}
+        self.trained = trained
         self.tallies: dict[str, Tally] = {}
         self.task = bar.add_task("starting", total=None)
 
     def run(self) -> None:
         """All visits, then all numbers."""
         settings, chosen, findings, out = self.settings, self.chosen, self.findings, self.findings.left_out
-        conflicts = bool(chosen.counterfactual)
+        conflicts = bool(self.whole["counterfactual"])
         for condition, clips in self.conditions.items():
             if not clips:
                 out.append(f"Nothing was measured on {condition} clips: there are none in the split, or none were asked for.")
+            if len(self.whole[condition]) < len(clips):
+                out.append(
+                    f"Of {len(clips)} {condition} clips of the unseen split {len(self.whole[condition])} have no source that the train split has: "
+                    "only those have more than their answers looked at, and only those lose a stream."
+                )
         if settings.bare != 0 and not any(chosen.bare.values()):
             out.append("Abstention was not measured on muted and blanked clips: there are none in the split.")
-        following, scores = FollowingTally(), ScoreTable()
+        following, scores = FollowingTally(trained=self.trained), ScoreTable()
         want_grids(scores, chosen.grids, self.by_id)
         flow = FlowTally() if settings.flow else None
         lens = LensTally(self.subject, settings.lens_k) if settings.lens and conflicts else None
-        fit = TunedLensFit(self.subject, chosen.counterfactual, settings.lens_k) if lens else None
+        fit = TunedLensFit(self.subject, self.whole["counterfactual"], settings.lens_k) if lens else None
         features = ProbeFeatures() if settings.probes and conflicts else None
         silent = ProbeFeatures() if features else None
         random = ProbeFeatures() if features and settings.probe_random else None
@@ -246,7 +276,7 @@ class _Diagnosis:
                     "independent and are too narrow."
                 )
         elif settings.grids != 0:
-            out.append("Modality reliance: the split has no grids.")
+            out.append(f"Modality reliance: the split has no grids{' of sources that the train split lacks' if findings.split == 'unseen' else ''}.")
         if flow:
             findings.flow = flow.rows(items)
         if lens:
@@ -302,12 +332,15 @@ class _Diagnosis:
         """
         settings, jobs = self.settings, list[Job]()
         for condition, clips in self.conditions.items():
-            conflict = None if condition == "counterfactual" else 0
-            named = {"following": None, "scores": None, "flow": None, "lens": conflict, "tuned fit": conflict, "probes": conflict}
-            named |= {"shift": settings.shift, "captions": settings.captions}
+            whole = len(self.whole[condition])
+            conflict = whole if condition == "counterfactual" else 0
+            named = {"following": None, "scores": None, "flow": whole, "lens": conflict, "tuned fit": conflict, "probes": conflict}
+            named |= {
+                name: whole if count is None else min(whole, count) for name, count in (("shift", settings.shift), ("captions", settings.captions))
+            }
             taps = any(name in self.tallies and named[name] != 0 for name in ("flow", "lens", "probes"))
             jobs += self._jobs(condition, clips, {**named, "knockout": len(self.swept[condition])}, taps=taps)
-        alone = first(self.chosen.factual, settings.alone)
+        alone = first(self.whole["factual"], settings.alone)
         jobs += self._jobs("audio_only", alone, {"following": None}, video=False)
         jobs += self._jobs("video_only", alone, {"following": None}, audio=False)
         for condition, clips in self.chosen.bare.items():
@@ -317,9 +350,9 @@ class _Diagnosis:
         there = {clip.id for clips in self.conditions.values() for clip in clips}
         jobs += self._jobs("grid", [self.by_id[name] for name in scores.wanted if name not in there], {"scores": None})
         if "without sound" in self.tallies:
-            jobs += self._jobs("without sound", self.chosen.counterfactual, {"without sound": None}, audio=False, taps=True)
+            jobs += self._jobs("without sound", self.whole["counterfactual"], {"without sound": None}, audio=False, taps=True)
         if "random" in self.tallies:
-            jobs += self._jobs("random weights", self.chosen.counterfactual, {"random": None}, taps=True, random=True)
+            jobs += self._jobs("random weights", self.whole["counterfactual"], {"random": None}, taps=True, random=True)
         return jobs
 
     def _cut_answers(self, sweep: KnockoutSweep) -> list[Job]:

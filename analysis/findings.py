@@ -79,12 +79,28 @@ class Following:
     nothing: Estimate  # abstention
     unparsed: Estimate
     correct: Estimate  # names the label that the question designates (alone); `nothing` where that stream is missing
+    trained: int = 0  # clips of the unseen split that are in none of these, because the train split has the source of the stream asked about
 
     @property
     def invented(self) -> float | None:
         """Share of answers that name a known event; about a stream that is missing, an invented one. None where nothing was measured."""
         shares = [e.value for e in (self.audio, self.vision, self.both, self.neither)]
         return None if None in shares else sum(v for v in shares if v is not None)
+
+
+@dataclass
+class Sources:
+    """How many pictures and recordings of a split, whether asked about or not, clips of the train split carry too, of how many.
+
+    `train_clips`: clips of the train split; where the folder has none, what was trained on is not known.
+    """
+
+    split: str
+    trained_pictures: int
+    pictures: int
+    trained_recordings: int
+    recordings: int
+    train_clips: int
 
 
 @dataclass
@@ -334,11 +350,31 @@ class Findings:
     language: Language | None = None
     items: list[Items] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # sentences: what was not measured and why
+    sources: list[Sources] = field(default_factory=list)  # of the split and, beside the test split, of the unseen one
     format: int = FORMAT
 
     def following_rate(self, condition: str, question: str) -> Following | None:
         """The row of one condition and question, or None."""
         return next((f for f in self.following if f.condition == condition and f.question == question), None)
+
+    def trained_on(self) -> list[str]:
+        """Sentences: what of the splits the train split has too, and how many answers are in no rate of unseen sources for that."""
+        said = []
+        for s in self.sources:
+            shared = f"{s.trained_pictures} of {s.pictures} pictures and {s.trained_recordings} of {s.recordings} recordings"
+            other = ", in other renderings" if s.split != "train" and s.trained_pictures + s.trained_recordings else ""
+            said.append(f"{s.split.capitalize()} split: {shared} are in {'it' if s.split == 'train' else 'the train split too'}{other}.")
+        if any(not s.train_clips for s in self.sources):
+            said.append("The clip folder has no train split, so whether its sources were trained on is not known.")
+        for f in self.following:
+            if f.trained:
+                kind = "conflicts" if f.condition.endswith("counterfactual") else "factual clips"
+                stream = "recording" if f.question == "hear" else "picture"
+                said.append(
+                    f"Unseen sources, {kind}, asked what it {f.question}s: {f.correct.n} clips of a new {stream}; {f.trained} whose {stream} the "
+                    "train split has are left out."
+                )
+        return said
 
     def save(self, path: str | os.PathLike) -> None:
         """Write atomically: a reader never sees half a file."""

@@ -13,28 +13,34 @@ after DMC-Repair's shortcut index; intervals are dyadic, because a clip is part 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.events import VERDICTS, Verdict, is_correct, verdict
-from analysis.findings import Following, Reliance, Sample
+from analysis.findings import Estimate, Following, Reliance, Sample
 from analysis.items import ItemStore, Key
 from analysis.statistics import Dyads
 from analysis.tally import Record, Tally
 from analysis.visits import MODALITIES, Visit
-from data.clips import Clip, Grid
+from data.clips import Clip, Grid, Stream
 from data.questions import Modality, question
 
 
 class FollowingTally(Tally):
-    """What the greedy answers of all visits name. `add` each visit, then `rows()` and `samples`."""
+    """What the greedy answers of all visits name. `add` each visit, then `rows()` and `samples`.
 
-    def __init__(self, modalities: Sequence[Modality] = MODALITIES):
-        self.modalities = modalities
+    `trained`: per stream the sources that are trained on (none by default). Of clips of the unseen split only answers about a stream of another
+    source are taken up; how many others there were is counted.
+    """
+
+    def __init__(self, modalities: Sequence[Modality] = MODALITIES, trained: Mapping[Stream, frozenset[str]] | None = None):
+        self.modalities, self.trained = modalities, trained or {"video": frozenset(), "audio": frozenset()}
         self.samples: list[Sample] = []
-        self._clips: dict[str, list[Clip]] = {}
+        self._clips: dict[tuple[str, Modality], list[Clip]] = {}
+        self._left_out = Counter[tuple[str, Modality]]()
         self._streams: dict[str, tuple[bool, bool]] = {}
         self._verdicts: dict[tuple[str, Modality], list[Verdict]] = {}
 
@@ -50,12 +56,16 @@ class FollowingTally(Tally):
         return record
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
-        self._clips.setdefault(condition, []).extend(clips)
         self._streams[condition] = tuple(record["streams"])
         for modality in self.modalities:
-            said = record["verdicts"][modality]
-            self._verdicts.setdefault((condition, modality), []).extend(said)
-            for clip, answer, what in zip(clips, record["answers"][modality], said, strict=True):
+            there = self._clips.setdefault((condition, modality), [])
+            verdicts = self._verdicts.setdefault((condition, modality), [])
+            for clip, answer, what in zip(clips, record["answers"][modality], record["verdicts"][modality], strict=True):
+                if clip.split == "unseen" and not self._is_new(clip, modality):
+                    self._left_out[condition, modality] += 1
+                    continue
+                there.append(clip)
+                verdicts.append(what)
                 self.samples.append(
                     Sample(
                         clip=clip.id,
@@ -72,19 +82,24 @@ class FollowingTally(Tally):
                     )
                 )
 
+    def _is_new(self, clip: Clip, modality: Modality) -> bool:
+        """Whether the stream that a question is about has a source that is not trained on."""
+        return clip.audio_source not in self.trained["audio"] if modality == "hear" else clip.video_source not in self.trained["video"]
+
     def rows(self, items: ItemStore) -> list[Following]:
         """One row a condition and question."""
         out = []
         for (condition, modality), said in self._verdicts.items():
-            clips, streams = self._clips[condition], self._streams[condition]
+            clips, streams = self._clips[condition, modality], self._streams[condition]
             video, audio = streams
             given = [(clip.video_label if video else "", clip.audio_label if audio else "") for clip in clips]
             columns = [[what == v for what in said] for v in VERDICTS]
             columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)]]
             measures = (*VERDICTS, "correct")
             keys = [Key("following", condition, modality, "", measure) for measure in measures]
-            shares = items.clips(clips, *streams).rates(keys, np.array(columns).T)
-            out.append(Following(condition, modality, **dict(zip(measures, shares, strict=True))))
+            nothing = [Estimate(None, None, None, 0, 0) for _ in keys]  # every clip was left out
+            shares = items.clips(clips, *streams).rates(keys, np.array(columns).T) if clips else nothing
+            out.append(Following(condition, modality, **dict(zip(measures, shares, strict=True)), trained=self._left_out[condition, modality]))
         return out
 
 

@@ -79,6 +79,7 @@ def write_report(
         tiles=number_tiles(ends),
         names=[name for name, _ in ends],
         warnings=_warnings(ends),
+        trained_on=list(dict.fromkeys(sentence for _, f in ends for sentence in f.trained_on())),
         answers=answer_bars(ends),
         following=following_table(ends, comparison),
         abstention=abstention_table(ends, comparison),

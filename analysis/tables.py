@@ -133,8 +133,8 @@ def _size(effect: CutEffect) -> float | None:
 
 
 def findings_tables(findings: Findings) -> list[Table]:
-    """The findings on one screen or two: one table per diagnostic that was run."""
-    tables = []
+    """The findings on one screen or two: what of the clips was trained on, then one table per diagnostic that was run."""
+    tables = _sentences("What was trained on", findings.trained_on())
     if findings.following:
         table = titled("What the answers name", "clips", "asked about", "names the sound", "names the picture", "other", "n (sources)")
         for f in findings.following:
@@ -218,13 +218,18 @@ def findings_tables(findings: Findings) -> list[Table]:
         for label, show, estimate, of in language_numbers(findings.language):
             table.add_row(label, show(estimate), of)
         tables.append(table)
-    if findings.left_out:
-        table = titled("Left out", "")
-        table.show_header = False
-        for sentence in findings.left_out:
-            table.add_row(sentence)
-        tables.append(table)
-    return tables
+    return tables + _sentences("Left out", findings.left_out)
+
+
+def _sentences(title: str, sentences: Sequence[str]) -> list[Table]:
+    """A table of sentences; none where there are none."""
+    if not sentences:
+        return []
+    table = titled(title, "")
+    table.show_header = False
+    for sentence in sentences:
+        table.add_row(sentence)
+    return [table]
 
 
 def language_numbers(language: Language) -> list[tuple[str, Callable[[Estimate], str], Estimate, str]]:
@@ -262,7 +267,7 @@ def agreement_table(rows: Iterable[Agreement]) -> Table:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Before against after: what answers name (with the paired difference), the Shortcut Index, and the strongest changes of the rest."""
-    tables = []
+    tables = _sentences("What was trained on", comparison.trained_on)
     changes = [c for c in comparison.changes if c.section == "following" and c.measure in ("audio", "vision")]
     if changes:
         table = titled("What the answers name, before and after", "clips", "asked about", "names the", "before", "after", "difference, points", "n")
@@ -316,13 +321,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             if len(strongest) < len(rows):
                 table.caption = f"Of {len(rows)} layers or windows, the one with the largest number before, per row. All are in the comparison file."
             tables.append(table)
-    if comparison.left_out:
-        table = titled("Left out", "")
-        table.show_header = False
-        for sentence in comparison.left_out:
-            table.add_row(sentence)
-        tables.append(table)
-    return tables
+    return tables + _sentences("Left out", comparison.left_out)
 
 
 _STEM = re.compile(r" \[\d+, \d+\) \w+$|, layer \d+$")  # "video->audio [2, 5) window" -> "video->audio"

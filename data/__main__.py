@@ -33,6 +33,10 @@ def main() -> None:
         sys.exit(f"error: {error}")
     conditions = {c: len(clips.select(condition=c)) for c in ("factual", "counterfactual", "muted", "blanked")}
     print(f"{clips.root}: {len(clips.clips)} clips ({', '.join(f'{n} {c}' for c, n in conditions.items())}), {len(clips.grids)} grids")
+    for split in ("test", "unseen"):
+        shared = clips.shared_sources(split)
+        told = " and ".join(f"{n} of {of} {what}" for what, (n, of) in zip(("pictures", "recordings"), shared.values(), strict=True))
+        print(f"{split}: the train split has {told} too")
 
 
 if __name__ == "__main__":

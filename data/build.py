@@ -128,12 +128,20 @@ def _classes(config: DataConfig) -> list[SourceClass]:
 
 
 def _factual(config: DataConfig, classes: Sequence[SourceClass]) -> list[_Factual]:
-    """Every factual clip to render, each source of a class used about equally often."""
+    """Every factual clip to render, each source of a class used about equally often.
+
+    The unseen split has held-out sources where a class has some. Elsewhere it falls back to new renderings of those that are trained on, so that
+    every class has clips to be swapped with; answers about such a stream are in no rate of new sources (`Clips.sources`). Raises DataError where
+    nothing of a class may be trained on.
+    """
     jobs = []
     for split, kind in itertools.product(SPLITS, classes):
         pictures, sounds = kind.train_pictures, kind.train_sounds
+        if not pictures or not sounds:
+            what = "recording" if pictures else "picture"
+            raise DataError(f'The class "{kind.name}" has no {what} that is not held out, so nothing to train on. Leave it out, or hold less out.')
         if split == "unseen":
-            pictures, sounds = kind.held_pictures, kind.held_sounds or kind.train_sounds
+            pictures, sounds = kind.held_pictures or pictures, kind.held_sounds or sounds
         combinations = list(itertools.product(pictures, sounds))
         random.Random(_seed(config.seed, split, kind.name)).shuffle(combinations)
         for k in range(config.renderings.of(split)):

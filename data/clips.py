@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # importing it takes a second; only `Clips.table` needs it
 
 Split = Literal["train", "plan", "selection", "test", "unseen"]
 Condition = Literal["factual", "counterfactual", "muted", "blanked"]
+Stream = Literal["video", "audio"]
 MANIFEST_VERSION = 1
 MANIFEST_KEYS = ("version", "labels", "pairs", "config", "sources", "code", "files", "data_hash")  # the first two are needed, the others are not
 
@@ -115,6 +116,19 @@ class Clips:
     def select(self, split: str | None = None, condition: str | None = None) -> list[Clip]:
         """The clips of one split and / or condition, in file order."""
         return [c for c in self.clips if (split is None or c.split == split) and (condition is None or c.condition == condition)]
+
+    def sources(self, split: str) -> dict[Stream, frozenset[str]]:
+        """The pictures ("video") and recordings ("audio") that the clips of a split carry, swapped ones included."""
+        found = self.select(split)
+        return {
+            "video": frozenset(c.video_source for c in found if c.video_label),
+            "audio": frozenset(c.audio_source for c in found if c.audio_label),
+        }
+
+    def shared_sources(self, split: str) -> dict[Stream, tuple[int, int]]:
+        """Per stream, how many of a split's sources clips of the train split carry too, and how many there are."""
+        train, own = self.sources("train"), self.sources(split)
+        return {stream: (len(found & train[stream]), len(found)) for stream, found in own.items()}
 
     def by_id(self) -> dict[str, Clip]:
         """Clips by their id."""

@@ -5,8 +5,9 @@ What is split by what:
 - by **rendering**: train, plan, selection and test share pictures and recordings, but no rendering (factual clip) is in two splits;
 - by **class pair**: a conflict of classes {i, j} is unordered (i seen with j heard, or the other way round). A third of all pairs
   is held out: never in train or plan. A quarter of the held-out pairs belongs to `selection`, the rest to `test`;
-- by **source**: only `unseen`, made from the held-out picture style and, where a class has one, a held-out recording (see
-  `data.sources`). Its pairs are those of `test`.
+- by **source**: only `unseen`, and only as far as a class has held-out sources (see `data.sources`): in the embedded set every class has a picture
+  of the held-out style, 9 of 43 have a held-out recording, and the clips of the others carry new renderings of recordings that are trained on.
+  Rates of that split are of streams whose source the train split lacks (`data.clips.Clips.sources`). Its pairs are those of `test`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ SHOWN = (  # names of analysis.trajectory.headline
     "following/factual/hear/correct",
     "following/factual/see/correct",
     "following/unseen_counterfactual/hear/audio",
+    "following/unseen_counterfactual/see/vision",
     "following/unseen_factual/hear/correct",
+    "following/unseen_factual/see/correct",
     "abstention/muted/hear",
     "abstention/near_silent/hear",
     "abstention/blanked/see",
@@ -34,6 +36,16 @@ SHOWN = (  # names of analysis.trajectory.headline
     "language/perplexity",
     "language/right",
 )
+LABELLED = ("counterfactual_ce", "hinge", "dpo", "base_divergence", "latent_readout")  # terms that use a clip's labels
+FOLLOW = {  # choices of the plan that follow from labelled clips of the plan split
+    "teacher_cut": "the teacher's cut",
+    "mirror_cut": "the mirror's cut",
+    "lora_layers": "which layers get an adapter",
+    "distillation": "the weight of distillation",
+    "mirror": "the weight of the mirror",
+    "steps": "the number of steps",
+    "class_weights": "how often a class is drawn",
+}
 CARD = """---
 {data}
 ---
@@ -46,7 +58,7 @@ Step {step}, seed {seed}.
 |---|---|---|
 {rows}
 
-Shares of answers in %, with 95 % intervals that cover other clips of the same kind, not another training run. {unseen}
+Shares of answers in %, with 95 % intervals that cover other clips of the same kind, not another training run.{trained_on}
 
 ```python
 from models import load_model
@@ -60,6 +72,7 @@ model = load_model("{base}", adapter="path/to/this/folder")
 
 - **Data**: `data.train_on: {train_on}` of {clips} (data hash {data_hash}).
 - **Losses**: {weights}.
+- **Labels**: {labels}
 - **Adapters**: rank {rank}, {modules} modules: {projections} of layers {layers}.
 - **Steps**: {steps} of {grids} groups of four clips, learning rate {lr}.
 
@@ -94,8 +107,8 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
         if key in old and key in new:
             what = panel(key)
             show = percent if what.rate else number
-            rows.append(f"| {what.title}: {what.line} | {show(old[key])} | {show(new[key])} |")
-    unseen = any(key in new for key in SHOWN if "unseen" in key)
+            of = f" ({new[key].n} clips, {new[key].clusters} sources)" if "unseen" in key else ""
+            rows.append(f"| {what.title}: {what.line}{of} | {show(old[key])} | {show(new[key])} |")
     hub_name = None if Path(config.model.path).is_dir() else config.model.path  # the hub would take a folder for a model of its own
     return CARD.format(
         data=ModelCardData(base_model=hub_name, library_name="peft", tags=["lora", "audio-visual", "avbalance"]).to_yaml(),
@@ -106,10 +119,11 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
         split=after.split,
         clips=config.data.clips,
         rows="\n".join(rows),
-        unseen="Unseen sources: pictures and recordings of which nothing was trained on." if unseen else "",
+        trained_on="".join(f"\n{sentence}" for sentence in after.trained_on()),
         train_on=config.data.train_on,
         data_hash=after.data_hash[:12],
         weights=", ".join(f"{term} {weight:g}" for term, weight in plan.weights().items()),
+        labels=_labels(config, plan),
         rank=config.lora.r,
         modules=len(plan.lora_targets),
         projections=", ".join(plan.lora_projections.value),
@@ -118,3 +132,20 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
         grids=config.schedule.grids,
         lr=f"{config.schedule.lr:g}",
     )
+
+
+def _labels(config: Config, plan: Plan) -> str:
+    """What labels were used for: in the losses, and by the diagnoses that the plan and the choice of the checkpoint follow from."""
+    weights, asked = plan.weights(), config.diagnosis.plan
+    used = ", ".join(term for term in LABELLED if weights.get(term))
+    said = [f"used by {used}." if used else "no label is in the losses."]
+    off = {cut for cut, term in (("teacher_cut", "distillation"), ("mirror_cut", "mirror")) if not weights.get(term)}
+    chosen = [words for name, words in FOLLOW.items() if name not in off and (choice := getattr(plan, name)).value and not choice.overridden]
+    if chosen:
+        clips, cut = ("all" if n is None else f"at most {n}" for n in (asked.counterfactual, asked.knockout))
+        of = f"{clips} labelled conflicts of the plan split" + (f" ({cut} for the cuts)" if asked.knockout != 0 else "")
+        names = ", ".join(chosen)
+        said.append(f"{names[0].upper()}{names[1:]}: chosen on {of}.")
+    if config.schedule.checkpoint_every != -1:
+        said.append("The checkpoint: chosen by right answers on the selection split.")
+    return " ".join(said)

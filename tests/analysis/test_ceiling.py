@@ -94,10 +94,17 @@ def test_answers_are_held_against_it(told_model, more_clips, few_findings, tmp_p
 
 def test_the_probe_is_asked_about_the_same_streams(more_clips, few_findings):
     """Conflicts take a sound from some factual clip: a probe that reads those of three, where the answers say two."""
-    template = next(s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_counterfactual", "hear"))
+    template = next(s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_factual", "hear"))
     conflicts = more_clips.select("unseen", "counterfactual")
     samples = [
-        dataclasses.replace(template, clip=c.id, verdict="vision" if i % 2 else "audio", video_source=c.video_source, audio_source=c.audio_source)
+        dataclasses.replace(
+            template,
+            clip=c.id,
+            condition="unseen_counterfactual",
+            verdict="vision" if i % 2 else "audio",
+            video_source=c.video_source,
+            audio_source=c.audio_source,
+        )
         for i, c in enumerate(conflicts)
     ]
     findings = dataclasses.replace(few_findings, samples=samples)
@@ -125,18 +132,27 @@ def test_the_interval_of_a_ratio():
 
 
 def test_on_the_unseen_split_only_new_sources_count(few_findings, more_clips):
-    """Of the answers about unseen clips those whose recording the probe was fitted on are left out; the test split keeps all."""
-    asked = [s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_factual", "hear")]
-    known = asked[0].audio_source
+    """Of the answers about unseen clips those whose picture the probe was fitted on are left out; the test split keeps all."""
+    asked = [s for s in few_findings.samples if (s.condition, s.modality) == ("unseen_factual", "see")]
+    known = asked[0].video_source
     read = {clip.id: True for clip in more_clips.clips if clip.condition == "factual"}
-    row = Ceiling("audio", "unseen", Estimate(0.5, None, None, 8, 4), read, 16, frozenset({known}))
-    left = [s for s in asked if s.audio_source != known]
+    row = Ceiling("video", "unseen", Estimate(0.5, None, None, 8, 4), read, 16, frozenset({known}))
+    left = [s for s in asked if s.video_source != known]
     found = answered(few_findings, row, more_clips)["factual"].right
     assert 0 < len(left) < len(asked) and found.n == len(left) and found.value == np.mean([s.verdict == "audio" for s in left])
-    everywhere = answered(few_findings, dataclasses.replace(row, split="test"), more_clips)["factual"].right
+    everywhere = answered(few_findings, dataclasses.replace(row, split="test", stream="audio"), more_clips)["factual"].right
     assert everywhere.value == few_findings.following_rate("factual", "hear").correct.value
     see = answered(few_findings, dataclasses.replace(row, split="test", stream="video"), more_clips)["counterfactual"].right
     assert see.value == few_findings.following_rate("counterfactual", "see").correct.value
+
+
+def test_sources_of_swapped_training_clips_are_known_too(told_model, more_clips):
+    """The one new recording, that of a train, sounds in a swapped clip of the train split: then no unseen clip is of a new recording."""
+    [new] = {c.audio_source for c in more_clips.select("unseen", "factual") if c.audio_label == "train"}
+    swap = next(c for c in more_clips.select("train", "counterfactual") if c.audio_label == "train")
+    changed = tuple(dataclasses.replace(c, audio_source=new) if c.id == swap.id else c for c in more_clips.clips)
+    rows = {(row.stream, row.split) for row in ceilings(told_model, dataclasses.replace(more_clips, clips=changed), progress=False)}
+    assert rows == {("audio", "test"), ("video", "test"), ("video", "unseen")}
 
 
 def test_the_command(model_folder, more_clips, few_findings, tmp_path, capsys):

@@ -39,7 +39,12 @@ def test_everything_asked_for_is_there(findings, model, clips):
         "unseen_factual": 6,
         "unseen_counterfactual": len(clips.select("unseen", "counterfactual")),
     }
-    assert {(f.condition, f.question): f.audio.n for f in findings.following} == {(c, m): count for c, count in n.items() for m in ("hear", "see")}
+    asked = {(c, m): count for c, count in n.items() for m in ("hear", "see")}
+    assert {(f.condition, f.question): f.audio.n + f.trained for f in findings.following} == asked
+    of_trains = {"unseen_factual": 1, "unseen_counterfactual": len([c for c in clips.select("unseen", "counterfactual") if c.audio_label == "train"])}
+    for f in findings.following:  # pictures are all of a style that is not trained on; only the train has a recording like that
+        left = n[f.condition] - of_trains[f.condition] if f.question == "hear" and f.condition in of_trains else 0
+        assert f.trained == left, (f.condition, f.question)
     assert [(r.question, r.shortcut.n) for r in findings.reliance] == [("hear", 4), ("see", 4)]
     assert len(findings.flow) == 2 * 3 * 2 and {f.mass["video"][0].n for f in findings.flow} == {12, 6}
     assert len(findings.lens) == 6 and all(len(x.hit) == 4 and x.hit[0].n == 12 for x in findings.lens)
@@ -55,7 +60,7 @@ def test_everything_asked_for_is_there(findings, model, clips):
         if e.family == "from" and e.site in SMALL.knockout_curves:
             assert e.audio.n == e.delta_logprob.n
     assert any(e.audio for e in findings.knockout if e.site == "audio->emitters")
-    assert len(findings.samples) == 2 * sum(n.values())
+    assert len(findings.samples) == 2 * sum(n.values()) - sum(f.trained for f in findings.following)
     assert all(s.answer == s.answer.strip() for s in findings.samples)
 
 
@@ -218,3 +223,83 @@ def test_captions_under_cuts_are_those_of_clips_that_did_not_choose_them(finding
             mine = [c for c in under if (c.condition, c.modality, c.cut) == (row.condition, row.question, row.cut) and c.scores[0].parsed]
             changes = [c.scores[0].audio - plain[c.clip] for c in mine if plain[c.clip] is not None]
             assert row.audio_change.value == pytest.approx(sum(changes) / len(changes)) and row.audio_change.n == len(changes)
+
+
+@pytest.fixture(scope="module")
+def half_trained(clips):
+    """The unseen split by hand: of six classes the recordings of the first three and the pictures of the last four are in the train split; in one
+    of them, the dog's recording, only in a swapped clip.
+    """
+    trained = {"video": NAMES[2:], "audio": NAMES[:3]}
+    swapped = next(c for c in clips.select("train", "counterfactual") if c.audio_label == "dog")
+    factual = {c.video_label: c for c in clips.select("train", "factual")}
+
+    def source(clip, stream):
+        label = getattr(clip, f"{stream}_label")
+        if clip is swapped and stream == "audio":
+            return "the dog of swaps"
+        if clip.split != "unseen" or not label:
+            return getattr(clip, f"{stream}_source")
+        if label == "dog" and stream == "audio":
+            return "the dog of swaps"
+        return getattr(factual[label], f"{stream}_source") if label in trained[stream] else f"new {stream} of a {label}"
+
+    changed = (dataclasses.replace(c, video_source=source(c, "video"), audio_source=source(c, "audio")) for c in clips.clips)
+    return dataclasses.replace(clips, clips=tuple(changed))
+
+
+NAMES = ["dog", "cat", "rooster", "train", "bell", "rain"]
+
+
+def test_no_rate_of_unseen_sources_has_a_trained_one(model, half_trained):
+    found = diagnose(model, half_trained, dataclasses.replace(SMALL.answers_only(), unseen=None, captions=0), "test", progress=False)
+    conflicts = half_trained.select("unseen", "counterfactual")
+    heard, seen = ([c for c in conflicts if c.audio_label in NAMES[3:]], [c for c in conflicts if c.video_label in NAMES[:2]])
+    assert 0 < len(heard) < len(conflicts) and 0 < len(seen) < len(conflicts)
+    counts = {(f.condition, f.question): (f.correct.n, f.trained) for f in found.following if f.condition.startswith("unseen")}
+    assert counts == {
+        ("unseen_factual", "hear"): (3, 3),
+        ("unseen_factual", "see"): (2, 4),
+        ("unseen_counterfactual", "hear"): (len(heard), len(conflicts) - len(heard)),
+        ("unseen_counterfactual", "see"): (len(seen), len(conflicts) - len(seen)),
+    }
+    named = {f.condition: f.correct.value for f in found.following if f.question == "hear"}
+    asked = [s for s in found.samples if (s.condition, s.modality) == ("unseen_counterfactual", "hear")]
+    assert {s.clip for s in asked} == {c.id for c in heard} and named["unseen_counterfactual"] == pytest.approx(sum(s.correct for s in asked) / len(asked))
+    assert all(s.audio_source.startswith("new") for s in asked)
+    assert {s.condition for s in found.samples if s.audio_source == "the dog of swaps" and s.modality == "hear"} <= {"factual", "counterfactual"}
+    [test, unseen] = found.sources
+    assert test.split == "test" and (unseen.split, unseen.trained_pictures, unseen.pictures, unseen.trained_recordings, unseen.recordings) == ("unseen", 4, 6, 3, 6)
+    said = found.trained_on()
+    assert said[1] == "Unseen split: 4 of 6 pictures and 3 of 6 recordings are in the train split too, in other renderings."
+    assert "Unseen sources, factual clips, asked what it hears: 3 clips of a new recording; 3 whose recording the train split has are left out." in said
+    again = diagnose(model, half_trained, dataclasses.replace(SMALL.answers_only(), unseen=2, captions=0), "test", progress=False)
+    assert {(f.condition, f.question): f.correct.n + f.trained for f in again.following if f.condition.startswith("unseen")} == dict.fromkeys(counts, 2)
+
+
+def test_the_unseen_split_itself_looks_into_new_clips_only(model, half_trained):
+    """Everything but answers is of clips that are new in both streams; of the six classes no factual clip is, a conflict has to be of a new sound
+    with a new picture.
+    """
+    settings = dataclasses.replace(SMALL, counterfactual=None, factual=None, grids=None, knockout=None, captions=None, bare=None)
+    found = diagnose(model, half_trained, settings, "unseen", progress=False)
+    whole = {c.id for c in half_trained.select("unseen", "counterfactual") if c.audio_label in NAMES[3:] and c.video_label in NAMES[:2]}
+    assert whole and not found.reliance
+    assert {c.clip for c in found.captions} <= whole
+    for row in found.following:
+        new = [s for s in found.samples if (s.condition, s.modality) == (row.condition, row.question)]
+        assert row.correct.n == len(new) and all((s.audio_source if row.question == "hear" else s.video_source).startswith("new") for s in new)
+    for items in found.items:
+        if any(not key.startswith(("following", "reliance")) for key in items.values):
+            assert set(items.ids) <= whole
+    assert any("have no source that the train split has" in sentence for sentence in found.left_out)
+
+
+def test_disjoint_sources_and_no_train_split_are_said(model, clips):
+    few = dataclasses.replace(SMALL.answers_only(), counterfactual=2, factual=2, bare=0, grids=0)
+    own = tuple(dataclasses.replace(c, video_source=f"my {c.video_source}", audio_source=f"my {c.audio_source}") if c.split == "test" else c for c in clips.clips)
+    found = diagnose(model, dataclasses.replace(clips, clips=own), few, "test", progress=False)
+    assert found.trained_on()[0].startswith("Test split: 0 of ") and " and 0 of " in found.trained_on()[0]
+    tested = dataclasses.replace(clips, clips=tuple(c for c in clips.clips if c.split == "test"))
+    [_, last] = diagnose(model, tested, few, "test", progress=False).trained_on()
+    assert last == "The clip folder has no train split, so whether its sources were trained on is not known."

@@ -229,6 +229,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, check=True)
     assert "factual" in done.stdout and not partial.exists()
     assert done.stdout.startswith(f"{out}: {len(load_clips(out).clips)} clips")
+    assert "\nunseen: the train split has 0 of 4 pictures and 2 of 4 recordings too\n" in done.stdout  # dog and bell have one recording each
 
 
 def test_default_test_split_is_large_enough() -> None:
@@ -253,3 +254,15 @@ def test_every_source_is_rendered() -> None:
     for split in ("train", "test"):
         used = {s.id for j in jobs if j.split == split for s in (j.picture, j.sound)}
         assert used == {s.id for c in load_sources() for s in (*c.train_pictures, *c.train_sounds)}
+
+
+def test_classes_without_held_out_sources() -> None:
+    """The unseen split falls back to what is trained on, stream by stream; where nothing may be trained on the class is named."""
+    [dog] = _classes(DataConfig(classes=("dog",)))
+    trained = replace(dog, pictures=dog.train_pictures)
+    jobs = [j for j in _factual(DataConfig(), [trained]) if j.split == "unseen"]
+    assert len(jobs) == 2 and {j.picture for j in jobs} <= set(dog.train_pictures) and {j.sound for j in jobs} == set(dog.train_sounds)
+    with pytest.raises(DataError, match='The class "dog" has no picture that is not held out'):
+        _factual(DataConfig(), [replace(dog, pictures=dog.held_pictures)])
+    with pytest.raises(DataError, match='The class "dog" has no recording that is not held out'):
+        _factual(DataConfig(), [replace(dog, sounds=tuple(replace(s, held_out=True) for s in dog.sounds))])

@@ -183,3 +183,18 @@ def test_grid_round_trip(small: Clips, folder: Path) -> None:
     assert clips[grid.oo].condition == clips[grid.xx].condition == "factual"
     assert clips[grid.ox].video_sha256 == clips[grid.oo].video_sha256 and clips[grid.ox].audio_sha256 == clips[grid.xx].audio_sha256
     assert clips[grid.xo].video_sha256 == clips[grid.xx].video_sha256 and clips[grid.xo].audio_sha256 == clips[grid.oo].audio_sha256
+
+
+def test_sources_that_the_train_split_has_too(small: Clips) -> None:
+    """Of these six classes cow and car have a held-out recording: all pictures and two recordings of the unseen split are new. One swapped training
+    clip with the cow's leaves one.
+    """
+    assert small.shared_sources("unseen") == {"video": (0, 6), "audio": (4, 6)}
+    pictures, recordings = small.shared_sources("test").values()
+    assert pictures[0] == pictures[1] > 6 and recordings[0] == recordings[1] >= 6  # "" of muted and blanked clips is none
+    [cow] = {c.audio_source for c in small.select("unseen") if c.audio_label == "cow"}
+    swapped = small.select("train", "counterfactual")[0]
+    changed = replace(small, clips=tuple(replace(c, audio_source=cow) if c is swapped else c for c in small.clips))
+    assert changed.shared_sources("unseen") == {"video": (0, 6), "audio": (5, 6)}
+    alone = replace(small, clips=tuple(c for c in small.clips if c.split == "unseen"))
+    assert alone.shared_sources("unseen") == {"video": (0, 6), "audio": (0, 6)} and alone.sources("train")["audio"] == frozenset()
