@@ -195,7 +195,7 @@ class Cached:
         embeds = model.text_model.embed_tokens(torch.cat([layout.ids, suffix.ids]).to(model.device)[None])
         at = torch.cat([model.is_media(layout.ids), torch.zeros_like(suffix.ids, dtype=torch.bool)]).to(model.device)
         self.embeds = embeds.detach().masked_scatter(at[None, :, None], model._features(media, layout).to(model.device))
-        after = int(layout.positions.max()) + 1
+        after = layout.next_position
         self.positions = torch.cat([layout.positions, (torch.arange(len(suffix.ids) + ANSWER) + after).expand(3, -1)], 1).to(model.device)[:, None]
         self.prompt = len(layout.ids) + suffix.first + 1
 

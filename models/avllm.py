@@ -186,7 +186,7 @@ class AVLLM(ABC):
             media = examples[members[0]].media
             layout = self.layout(media)
             features.append(self._features(media, layout))
-            after, length = int(layout.positions.max()) + 1, len(layout.ids)
+            after, length = layout.next_position, len(layout.ids)
             parts = [examples[i].suffix for i in members]
             for i in members:
                 first[i] = (sequence, length + examples[i].suffix.first)
@@ -260,7 +260,7 @@ class AVLLM(ABC):
             states.append(out.hidden_states)
         return Prefix(
             kinds,
-            torch.tensor([int(p.positions.max()) + 1 for p in layouts], device=self.device),
+            torch.tensor([p.next_position for p in layouts], device=self.device),
             [layer.keys for layer in cache.layers],
             [layer.values for layer in cache.layers],
             cuts or (),
@@ -553,6 +553,11 @@ class AVLLM(ABC):
     @abstractmethod
     def media_layout(self, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> Layout:
         """Token ids, kinds and positions of system + media for streams of these sizes, exactly as the family's processor and model make them."""
+
+    @abstractmethod
+    def stock_positions(self, ids: torch.Tensor, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> torch.Tensor:
+        """(3, T) positions that the stock model gives to a whole prompt, ids (T,), with streams of these sizes. `media_layout` takes its own from
+        here, and the self-check compares those of whole sequences."""
 
     @abstractmethod
     def question_text(self, question: str) -> str:

@@ -121,8 +121,12 @@ class Qwen25Omni(AVLLM):
         out = self._model.get_audio_features(inputs["input_features"].to(self.device, self.dtype), mask, return_dict=True).last_hidden_state
         return StreamFeatures(out.float().cpu(), (int(mask.sum()),))
 
+    @property
+    def _second_per_grid(self) -> float:
+        return self.processor.video_processor.temporal_patch_size / self.fps
+
     def media_layout(self, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> Layout:
-        processor, second_per_grid = self.processor, self.processor.video_processor.temporal_patch_size / self.fps
+        processor = self.processor
         frames = torch.tensor(audio) if audio else None
         sounds = {"num_audio_tokens": self._model.audio_tower._get_feat_extract_output_lengths(frames)[1]} if frames is not None else {}
         parts = []
@@ -136,7 +140,7 @@ class Qwen25Omni(AVLLM):
         ).split("\x00")[0]
         if video:
             replacement = processor.replace_video_token(
-                {"video_grid_thw": torch.tensor([video]), "video_second_per_grid": [second_per_grid]},
+                {"video_grid_thw": torch.tensor([video]), "video_second_per_grid": [self._second_per_grid]},
                 0,
                 processed_audio=sounds,
                 video_to_audio_indices=[0 if audio else None],
@@ -148,16 +152,8 @@ class Qwen25Omni(AVLLM):
         elif audio:
             text = text.replace(processor.audio_token, processor.replace_audio_token(sounds, 0))
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        positions, _ = self._model.get_rope_index(
-            ids,
-            video_grid_thw=torch.tensor([video]) if video else None,
-            attention_mask=torch.ones_like(ids),
-            use_audio_in_video=bool(video and audio),
-            audio_seqlens=frames,
-            second_per_grids=torch.tensor([second_per_grid]),
-        )
-        if positions.ndim == 2:  # text only
-            positions = positions.expand(3, *positions.shape)
+        # The stock function wants the text too: one row of it tells where all of it goes.
+        positions = self.stock_positions(torch.cat([ids[0], torch.tensor([self.pad_id])]), video, audio)
         tokens = {name: self.tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
         kinds = torch.full_like(ids[0], Kind.SYSTEM)
         for kind, names in (
@@ -166,7 +162,18 @@ class Qwen25Omni(AVLLM):
         ):
             for name in names:
                 kinds[ids[0] == tokens[name]] = kind
-        return Layout(ids[0], kinds, positions[:, 0])
+        return Layout(ids[0], kinds, positions[:, :-1], int(positions[0, -1]))
+
+    def stock_positions(self, ids: torch.Tensor, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> torch.Tensor:
+        positions, _ = self._model.get_rope_index(
+            ids[None],
+            video_grid_thw=torch.tensor([video]) if video else None,
+            attention_mask=torch.ones_like(ids[None]),
+            use_audio_in_video=bool(video and audio),
+            audio_seqlens=torch.tensor(audio) if audio else None,
+            second_per_grids=torch.tensor([self._second_per_grid]),
+        )
+        return positions[:, 0]
 
     def question_text(self, question: str) -> str:
         return self.processor.apply_chat_template(

@@ -25,6 +25,7 @@ def self_check(model: AVLLM, media: Media, question: str) -> None:
     """Raise CutError unless all of this holds, in a ragged, padded batch of 8 made of the clip's beginnings and single streams and (1 and 5) for the
     whole clip in a batch of 1:
 
+    0. every row of a sequence has the position that the stock model's own function gives it, also where the sound is shorter than the video;
     1. with nothing blocked, the instrumented path is exactly the same path without instruments, and within the dtype's tolerance the stock model
        under `sdpa` and under `eager`;
     2. blocked pairs get exactly zero weight: the result of a cut is the same, bit for bit, whatever the keys and values it blocks are, in one pass,
@@ -68,6 +69,7 @@ class _Check:
         self.wanted = self.batch.targets != -100
 
     def run(self) -> None:
+        self.positions()
         plain = self.nothing_blocked(self.batch)
         self.whole_clip()
         for start, stop in ((0, self.layers), (self.layers // 2, self.layers // 2 + 1)):
@@ -80,6 +82,24 @@ class _Check:
         self.blocked_keys()
 
     # ---------------------------------------------------------------- the parts
+
+    def positions(self) -> None:
+        """0. Positions need no pass, so a sound of any length is tried: one that ends early moves the text after it."""
+        model, sound = self.model, self.media.audio
+        assert sound is not None
+        lengths = [sound.size[0] - 25 * n for n in range(9)]  # up to 2 s less
+        sounds = [replace(sound, size=(n,)) for n in lengths if n >= min(16, sound.size[0])]
+        clips = [Media(self.media.video, s) for s in sounds]
+        heard = [int((model.layout(m).ids == model.audio_id).sum()) for m in clips]
+        clips = [Media(m.video, replace(s, features=s.features[:n])) for m, s, n in zip(clips, sounds, heard, strict=True)]
+        shorter = [Example(m, self.suffixes[i % len(self.suffixes)]) for i, m in enumerate(clips)]
+        for examples, batch in ((self.examples, self.batch), (shorter, model.batch(shorter, share=False))):
+            for row, example in enumerate(examples):
+                sizes = [stream.size if stream is not None else None for stream in (example.media.video, example.media.audio)]
+                real = batch.kinds[row] != Kind.PAD
+                ours = batch.inputs["position_ids"][:, row, real].cpu()
+                if not torch.equal(ours, model.stock_positions(batch.inputs["input_ids"][row, real].cpu(), *sizes)):
+                    raise CutError(f"Rows of a prompt with streams of sizes {sizes} do not have the stock model's positions.")
 
     def states(self, batch: Batch, instruments: Instruments | None) -> torch.Tensor:
         inputs, text = batch.inputs, self.model.text_model
@@ -140,6 +160,9 @@ class _Check:
         model, n = self.model, len(cuts)
         media = [tuple(c for c in cut if c.cuts_media) for cut in cuts]
         prefix = model.prefill(self.clips, media)
+        after = torch.tensor([model.layout(m).next_position for m in self.clips])
+        if not torch.equal(prefix.next_position.cpu(), after):
+            raise CutError("On a prefix, text does not begin where the stock model has it.")
         out = model.extend(prefix, [*range(n), *range(n)], self.suffixes * 2, [*cuts, *media]).logits
         self.same(out[:n], whole, self.wanted, "Scoring with prefix reuse is not the whole pass")
         for row, (cut,) in enumerate(cuts):

@@ -33,11 +33,16 @@ class Media:
 
 @dataclass(frozen=True)
 class Layout:
-    """The system + media rows of a prompt. ids, kinds: (P,); positions: (3, P)."""
+    """The system + media rows of a prompt. ids, kinds: (P,); positions: (3, P). next_position: where the stock model puts the text after them.
+
+    That is not always the largest position plus one: in the stock model text goes on after the last *row*, and a sound that ends early in the last
+    chunk of a video leaves that row behind the video's.
+    """
 
     ids: torch.Tensor
     kinds: torch.Tensor
     positions: torch.Tensor
+    next_position: int
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_greedy_decoding_under_a_cut_equals_repeated_full_passes(tiny, media, si
             batch = tiny.batch([tiny.sequence(media[i], q, "x")])
             ids = torch.cat([layout.ids, suffix.ids, torch.tensor(said, dtype=torch.long)])
             kinds = torch.cat([layout.kinds, suffix.kinds, torch.full((len(said),), int(Kind.EMITTER))])
-            extra = torch.arange(len(ids) - len(layout.ids)) + int(layout.positions.max()) + 1
+            extra = torch.arange(len(ids) - len(layout.ids)) + layout.next_position
             batch.kinds = kinds[None]
             batch.inputs.update(
                 input_ids=ids[None],

@@ -13,6 +13,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 from data.media import read_audio, read_video
 from models import Kind, Media, ModelError, load_model
 from models.load import attach_adapter
+from models.sequences import StreamFeatures
 from models.tiny import build_tiny
 
 ANSWER = "I hear a dog barking."
@@ -106,6 +107,69 @@ def test_padding_does_not_change_a_row(tiny, media):
         )
     )
     torch.testing.assert_close(padded[1, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+
+
+def sized(model, video, frames):
+    """Media of these sizes with random features: picture (t, h, w) in patches, sound in mel frames."""
+    generator = torch.Generator().manual_seed(frames)
+    sizes = Media(StreamFeatures(torch.empty(0), video), StreamFeatures(torch.empty(0), (frames,)))
+    ids = model.layout(sizes).ids
+    rows = [int((ids == token).sum()) for token in (model.video_id, model.audio_id)]
+    features = [torch.randn(n, model.hidden_size, generator=generator) for n in rows]
+    return Media(StreamFeatures(features[0], video), StreamFeatures(features[1], (frames,)))
+
+
+def stock_index(model, ids, video, frames):
+    """The stock model's positions of a whole prompt (3, T), asked for without anything of ours."""
+    grid = model.processor.video_processor.temporal_patch_size / model.fps
+    return model.thinker.get_rope_index(
+        ids[None],
+        video_grid_thw=torch.tensor([video]),
+        attention_mask=torch.ones_like(ids[None]),
+        use_audio_in_video=True,
+        audio_seqlens=torch.tensor([frames]),
+        second_per_grids=torch.tensor([grid]),
+    )[0][:, 0]
+
+
+@pytest.mark.parametrize("fps", [2.0, 1.0])  # Qwen2.5-Omni's and SmolOmni's
+def test_text_stands_where_the_stock_model_has_it_for_streams_of_any_length(tiny, monkeypatch, fps):
+    monkeypatch.setattr(tiny, "fps", fps)
+    monkeypatch.setattr(tiny, "_layouts", {})
+    rng, moved = np.random.default_rng(0), 0
+    for _ in range(100):
+        video, frames = (int(rng.integers(1, 12)), 6, 6), int(rng.integers(8, 1200))
+        media = sized(tiny, video, frames)
+        examples = [tiny.sequence(media, q, ANSWER) for q in ("What do you hear?", "Which sound can be heard?")]
+        batch = tiny.batch(examples[:1])
+        expected = stock_index(tiny, batch.inputs["input_ids"][0], video, frames)
+        assert torch.equal(batch.inputs["position_ids"][:, 0], expected), (video, frames)
+        layout = tiny.layout(media)
+        text = expected[:, len(layout.ids) :]
+        shared = tiny.batch(examples).inputs["position_ids"][:, 0, len(layout.ids) :]
+        assert torch.equal(shared[:, : text.shape[1]], text) and torch.equal(shared[:, text.shape[1]], text[:, 0])
+        moved += int(layout.next_position != int(layout.positions.max()) + 1)
+    assert moved >= 5 or fps == 1.0  # such lengths are among them; with one pair of frames a chunk there are none
+
+
+@pytest.mark.parametrize("frames", [820, 1000])  # 8.2 s of sound under 10 s of picture: it ends in the last chunk before the chunk's last pair
+def test_logits_after_a_short_sound_are_the_stock_models(tiny, frames):
+    """In one pass, on a prefix, and in decoding."""
+    media = sized(tiny, (10, 6, 6), frames)
+    question = "What do you hear?"
+    batch = tiny.batch([tiny.sequence(media, question, ANSWER)])
+    ids, text = batch.inputs["input_ids"], tiny.text_model
+    embeds = text.embed_tokens(ids).masked_scatter(batch.inputs["media_mask"][..., None], batch.inputs["features"])
+    positions = stock_index(tiny, ids[0], (10, 6, 6), frames)[:, None]
+    with torch.no_grad():
+        text.set_attn_implementation("sdpa")
+        expected = tiny.head(text(inputs_embeds=embeds, position_ids=positions).last_hidden_state)[0, batch.inputs["rows"][0]]
+        text.set_attn_implementation("avbalance")
+        prefix = tiny.prefill([media])
+        assert prefix.next_position.tolist() == [int(positions[0, 0, len(tiny.layout(media).ids)])]
+        torch.testing.assert_close(tiny.forward(batch)[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(tiny.extend(prefix, [0], [tiny.suffix(question, ANSWER)]).logits[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(tiny.extend(prefix, [0], [tiny.suffix(question, ANSWER)], hidden=True).logits[0], expected, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- loading

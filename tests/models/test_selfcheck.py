@@ -1,5 +1,7 @@
 """The self-check catches instruments that do nothing or something else, and cannot be gone around."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -9,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from models import Cut, CutError, Media, load_model, self_check
 from models.attention import IMPLEMENTATION, Instruments, Packed, dense_mask, instrumented_attention
 from models.reuse import Decoding, Reuse, States
+from models.sequences import StreamFeatures
 
 HEAR = "What do you hear?"
 CUT = (Cut.at("video->emitters", 0, 3),)
@@ -130,6 +133,25 @@ def test_catches(fresh, media, monkeypatch, fault):
     with pytest.raises(CutError):
         self_check(fresh, media[0], HEAR)
     assert fresh.passed is None
+
+
+def test_catches_text_after_the_largest_position(fresh, media, monkeypatch):
+    """Where the stock model has it is another place when the sound is short; no cut is needed to see it."""
+
+    def largest(self, *sizes, original=type(fresh).media_layout):
+        layout = original(self, *sizes)
+        return replace(layout, next_position=int(layout.positions.max()) + 1)
+
+    (grids, *side), (frames,) = media[0].video.size, media[0].audio.size
+    video = StreamFeatures(media[0].video.features.repeat(2, 1), (2 * grids, *side))  # whole chunks of two pairs of frames
+    clip = Media(video, StreamFeatures(media[0].audio.features.repeat(2, 1), (2 * frames,)))
+    heard = int((fresh.layout(clip).ids == fresh.audio_id).sum())
+    clip = replace(clip, audio=replace(clip.audio, features=clip.audio.features[:heard]))
+    self_check(fresh, clip, HEAR)
+    monkeypatch.setattr(type(fresh), "media_layout", largest)
+    monkeypatch.setattr(fresh, "_layouts", {})
+    with pytest.raises(CutError, match="stock model's positions"):
+        self_check(fresh, clip, HEAR)
 
 
 def test_catches_a_layer_whose_attention_was_replaced(fresh, media, monkeypatch):
