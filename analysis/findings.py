@@ -48,6 +48,11 @@ class Estimate:
     clusters: int
 
 
+def uncounted() -> Estimate:
+    """Of what nobody counted."""
+    return Estimate(None, None, None, 0, 0)
+
+
 @dataclass
 class Effect(Estimate):
     """A signed quantity with the two-sided p value of "it is zero" (None where one cluster allows none).
@@ -79,6 +84,7 @@ class Following:
     nothing: Estimate  # abstention
     unparsed: Estimate
     correct: Estimate  # names the label that the question designates (alone); `nothing` where that stream is missing
+    cut_off: Estimate = field(default_factory=uncounted)  # ended at the token limit: what would have come after it is in none of the others
     trained: int = 0  # clips of the unseen split that are in none of these, because the train split has the source of the stream asked about
 
     @property
@@ -231,6 +237,7 @@ class Sample:
     verdict: str  # audio | vision | both | neither | nothing | unparsed
     video_source: str  # the picture and the recording the clip was made from: what intervals are clustered by
     audio_source: str
+    cut_off: bool = False  # the answer ended at the token limit
 
     @property
     def correct(self) -> bool:

@@ -125,12 +125,14 @@ def asks_about(clips: Sequence[Clip], questions: int) -> list[Ask]:
 def default_plan(layers: int) -> Plan:
     """The default recipe with cuts as they are usually planned: all of the answer's rows, from a third of the depth on."""
     values = {
+        "leads": "hear",
         "fusion_window": [layers // 3, layers], "causal_layers": list(range(layers // 3, layers)),
         "teacher_cut": f"video->question+emitters {layers // 3}:{layers}",
         "mirror_cut": f"audio->question+emitters {layers // 3}:{layers}", "lora_layers": list(range(layers)),
         "lora_ranks": [16] * layers, "lora_projections": [],
         "counterfactual_ce": 1.0, "distillation": 1.0, "mirror": 1.0, "states": 10.0, "retention": 0.5,
-        "abstention": 0.0, "logprob_invariance": 0.0, "extras": {}, "class_weights": {}, "conditions": {}, "steps": 1, "stop": -1,
+        "abstention": 0.0, "logprob_invariance": 0.0, "text_retention": 0.0,
+        "extras": {}, "class_weights": {}, "conditions": {}, "steps": 1, "stop": -1,
     }  # fmt: skip
     choices: dict[str, Any] = {name: Choice(value, "") for name, value in values.items()}
     return Plan(**choices)

@@ -9,7 +9,7 @@ A sequence that several terms ask for (the teacher's own answer is often the tru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.questions import answer
+from analysis.events import NEGATIONS, abstains, content_stems, named
+from data.questions import Modality, answer
 from models import AVLLM, Cut, Kind, Media
 from models.sequences import Batch, Decoded, Example, Suffix, answer_logprobs
 from train import objective
@@ -31,11 +32,12 @@ from train.sampling import Ask, Group
 @dataclass
 class Part:
     """What one term looks at. rows: answers of the batch; asked: how many there could be (answers that are not taught count as 0 in the mean);
-    against: a second answer for each; reference: what the frozen model makes of them: logits (answers, tokens, vocabulary), states (layers, answers,
-    tokens, hidden) or scores (answers, …)."""
+    gated: how many of these are not taught because of `loss.gate`; against: a second answer for each; reference: what the frozen model makes of them:
+    logits (answers, tokens, vocabulary), states (layers, answers, tokens, hidden) or scores (answers, …)."""
 
     rows: list[int] = field(default_factory=list)
     asked: int = 0
+    gated: int = 0
     against: list[int] = field(default_factory=list)
     reference: Tensor | None = None
 
@@ -48,10 +50,20 @@ class Micro:
     inputs: dict[str, Any]
     parts: dict[str, list[Part]]
 
+    def counts(self) -> dict[str, tuple[int, int, int]]:
+        """Of each term: answers taught, answers left out by `loss.gate`, answers asked for."""
+        return {
+            term: (sum(len(part.rows) for part in parts), sum(part.gated for part in parts), sum(part.asked for part in parts))
+            for term, parts in self.parts.items()
+        }
+
 
 Average = Callable[[], AbstractContextManager[None]]
 Answers = dict[tuple[str, str, str], list[int]]  # (what the model is given, question, cut or UNCUT) -> its greedy answer, token ids
 UNCUT = ""
+Phrases = Mapping[Modality, Mapping[str, Any]]  # modality -> class -> how an answer names it, as analysis.events.named takes it
+SIMILAR = 0.6  # answers that name no known event say the same where they share this part of their words
+GATED = ("distillation", "mirror", "states", *COMPARED, "attention_balance")  # terms that learn the teacher's answers, where they are taught
 ANCHORED = ("retention", "abstention")  # terms that keep what the model said before training, whoever else teaches
 
 
@@ -88,24 +100,32 @@ def _to_teach(asks: Sequence[Ask], plan: Plan, loss: LossPart) -> list[_Taught]:
         taught += [_Taught(term, ask, view, cut) for term in terms if term in weights]
         if ask.same is not None and any(term in weights for term in COMPARED):
             taught.append(_Taught("compared", ask, view, cut))
-        if not hear and ask.clip.condition == "factual" and "retention" in weights:
+        if ask.modality != plan.leads.value and ask.clip.condition == "factual" and "retention" in weights:
             taught.append(_Taught("retention", ask, ask, UNCUT))
     return taught
 
 
 def make_micro(
-    model: AVLLM, groups: Sequence[Group], root: Path, plan: Plan, loss: LossPart, answers: Answers, average: Average | None = None
+    model: AVLLM,
+    groups: Sequence[Group],
+    root: Path,
+    plan: Plan,
+    loss: LossPart,
+    answers: Answers,
+    average: Average | None = None,
+    phrases: Phrases | None = None,
 ) -> Micro:
     """Sequences, and what the frozen model makes of them, for these groups. `answers` is what it was heard to say so far; new answers are added.
+    `phrases`: how the classes of the clips are named, all of them, whichever a clip has.
 
     counterfactual_ce: every question whose stream is there. abstention: clips from which one stream was taken away: "nothing" about it, and what the
     frozen model says about the other. distillation, mirror: hear- and see-questions, towards the teacher. states: what the layers put out, for both.
-    retention: see-questions about factual clips, uncut. Others: train/objective.py.
+    retention: questions about factual clips that do not lead the plan (see-questions, as a rule), uncut. Others: train/objective.py.
 
     The teacher is the model with its adapter off (`average`: a context in which the adapter is its moving average), in evaluation mode, without
     gradients, under the plan's cut, or where loss.teacher says so without the other stream. On factual clips both streams say the same, so where a
-    cut changes the teacher's answer, it has cost it something: such answers are not taught (that a clip is factual is no label). Nor are answers
-    whose tokens the teacher itself gives less than `loss.gate`.
+    cut changes what the teacher's answer says (`agree`), it has cost it something: such answers are not taught (that a clip is factual is no
+    label, nor are the phrases of all classes). Nor are answers whose tokens the teacher itself gives less than `loss.gate`.
     """
     weights = plan.weights()
     asks = [ask for group in groups for ask in group.asks]
@@ -116,7 +136,7 @@ def make_micro(
         """The true answers, and the wrong ones."""
         if term in weights:
             wrong = [pool.add(ask, model.suffix(ask.question, *answer(ask.modality, ask.wrong, ask.wrong))) for ask in asks] if against else []
-            parts[term] = [Part([pool.add(ask, model.suffix(ask.question, *ask.truth)) for ask in asks], len(asks), wrong)]
+            parts[term] = [Part([pool.add(ask, model.suffix(ask.question, *ask.truth)) for ask in asks], len(asks), against=wrong)]
 
     in_grid = [ask for ask in asks if ask.same is not None and ask.video and ask.audio]
     hear = [ask for ask in asks if ask.modality == "hear" and ask.audio and not ask.bare]
@@ -130,30 +150,33 @@ def make_micro(
 
     taught = _to_teach(asks, plan, loss)
     kept: list[tuple[_Taught, Suffix, Tensor, Tensor]] = []
+    shut: list[_Taught] = []
     with evaluating(model):
         if average is not None and loss.teacher_weights == "ema":
             with average():  # it says other things at every step; what is to stay as it was is the adapter-off model's
-                kept += _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss)
+                found, gated = _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss, phrases or {})
+                kept, shut = kept + found, shut + gated
             taught_off = [t for t in taught if t.term in ANCHORED]
         else:
             taught_off = taught
         with model.adapter_off():
-            kept += _teach(model, taught_off, root, answers, loss)
+            found, gated = _teach(model, taught_off, root, answers, loss, phrases or {})
+            kept, shut = kept + found, shut + gated
     for term in dict.fromkeys(t.term for t in taught):
         mine = [k for k in kept if k[0].term == term]
-        asked = sum(t.term == term for t in taught)
+        asked, gone = (sum(t.term == term for t in which) for which in (taught, shut))
         rows = [pool.add(t.ask, suffix) for t, suffix, *_ in mine]
         if term == "compared":
             for name, cell in zip(COMPARED, ("same", "same", "swapped"), strict=True):
                 if name in weights:
                     other = [pool.add(replace(t.ask, clip=getattr(t.ask, cell)), suffix) for t, suffix, *_ in mine]
-                    parts[name] = [Part(rows, asked, other)]
+                    parts[name] = [Part(rows, asked, gone, other)]
             continue
         logits = torch.stack([logits for *_, logits, _ in mine]) if mine else None
-        parts[term].append(Part(rows, asked, reference=None if term == "attention_balance" else logits))
+        parts[term].append(Part(rows, asked, gone, reference=None if term == "attention_balance" else logits))
         if term in ("distillation", "mirror") and "states" in weights:
             start = Cut.parse(mine[0][0].cut).start if mine and loss.teacher == "cut" else 0
-            parts["states"].append(Part(rows, asked, reference=torch.stack([states[start:] for *_, states in mine], 1) if mine else None))
+            parts["states"].append(Part(rows, asked, gone, reference=torch.stack([states[start:] for *_, states in mine], 1) if mine else None))
 
     with torch.no_grad(), evaluating(model), model.adapter_off():
         for dpo in parts.get("dpo", []):
@@ -240,8 +263,9 @@ def _value(term: str, part: Part, logits: Tensor, out: Decoded, micro: Micro, mo
     assert reference is not None
     if term == "states":
         assert out.states is not None
-        layers, _, length, _ = reference.shape
-        return objective.state_distillation(reference, out.states[-layers:, rows, :length], targets[rows, :length] != IGNORED)
+        # The reference is padded to the longest answer of the teacher, whose term may be another one, or which may not be taught at all.
+        length = int((targets[rows] != IGNORED).sum(1).max())
+        return objective.state_distillation(reference[:, :, :length], out.states[-len(reference) :, rows, :length], targets[rows, :length] != IGNORED)
     student, said = batch.answers(logits, rows)
     compare = objective.knockout_distillation if term in ("distillation", "mirror") else objective.retention
     return compare(reference[:, : said.shape[1]], student, said != IGNORED)
@@ -269,11 +293,13 @@ def evaluating(model: AVLLM) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart) -> list[tuple[_Taught, Suffix, Tensor, Tensor]]:
+def _teach(
+    model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart, phrases: Phrases
+) -> tuple[list[tuple[_Taught, Suffix, Tensor, Tensor]], list[_Taught]]:
     """What the frozen model says: those of `wanted` that are taught, each with its answer's suffix, and at its emitters logits (tokens, vocabulary)
-    and states (layers, tokens, hidden), padded alike."""
+    and states (layers, tokens, hidden), padded alike; and those that only `loss.gate` leaves out."""
     if not wanted:
-        return []
+        return [], []
     # Uncut, with both streams: to see whether the cut changes the answer.
     plain = [_Taught("", t.ask, t.ask, UNCUT) for t in wanted if t.ask.clip.condition == "factual"]
     jobs = {t.job: t for t in [*wanted, *plain]}
@@ -289,9 +315,15 @@ def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers
         said = model.generate_ids(prefix, which, [question for _, question, _ in new], [cuts[cut] for *_, cut in new], loss.max_answer_tokens)
         answers.update(zip(new, said, strict=True))
     uncut = {(t.ask.given, t.ask.question): answers[t.job] for t in plain}
-    kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or answers[t.job] == uncut[t.ask.given, t.ask.question]]
+
+    def unchanged(t: _Taught) -> bool:
+        """Whether the cut leaves what is said of a factual clip as it is."""
+        said, before = answers[t.job], uncut[t.ask.given, t.ask.question]
+        return said == before or agree(_text(model, said), _text(model, before), t.ask.question, t.ask.modality, phrases.get(t.ask.modality, {}))
+
+    kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or unchanged(t)]
     if not kept:
-        return []
+        return [], []
     passes = {job: k for k, job in enumerate(dict.fromkeys(wanted[i].job for i in kept))}  # terms that want the same answer share its pass
     suffixes = [_own_answer(model, question, answers[given, question, cut], loss.max_answer_tokens) for given, question, cut in passes]
     which = [order[given, into_media[cut]] for given, _, cut in passes]
@@ -300,7 +332,35 @@ def _teach(model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers
     rows = (torch.tensor([s.first for s in suffixes])[:, None] + torch.arange(out.logits.shape[1])).to(out.logits.device)
     states = torch.stack([h.gather(1, rows.clamp_max(h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[-1])) for h in out.hidden[1:]])
     sure = (out.logprobs().sum(1) / (out.targets != IGNORED).sum(1)).exp() >= loss.gate
-    return [(t, suffixes[k], out.logits[k], states[:, k]) for t in (wanted[i] for i in kept) if bool(sure[k := passes[t.job]]) or t.term in ANCHORED]
+    found, shut = [], []
+    for t in (wanted[i] for i in kept):
+        k = passes[t.job]
+        if bool(sure[k]) or t.term in ANCHORED:
+            found.append((t, suffixes[k], out.logits[k], states[:, k]))
+        else:
+            shut.append(t)
+    return found, shut
+
+
+def agree(said: str, other: str, question: str, modality: Modality, phrases: Mapping[str, Any]) -> bool:
+    """Whether two answers to a question say the same: where either names known events (analysis.events.named), both name the same ones; else where
+    either says that there is nothing, both do; else they deny alike and share SIMILAR of the word stems that are in either, function words and the
+    question's own words aside. Answers without such words have to be the same text. No label is needed: `phrases` are those of all classes.
+    """
+    names, others = named(said, phrases), named(other, phrases)
+    if names or others:
+        return names == others
+    nothing, neither = abstains(said, modality), abstains(other, modality)
+    if nothing or neither:
+        return nothing and neither
+    ours, theirs = ({*content_stems(text)} - {*content_stems(question)} for text in (said, other))
+    if not ours or not theirs:
+        return said == other
+    return ours & NEGATIONS == theirs & NEGATIONS and len(ours & theirs) >= SIMILAR * len(ours | theirs)
+
+
+def _text(model: AVLLM, ids: Sequence[int]) -> str:
+    return model.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 def _own_answer(model: AVLLM, question: str, ids: list[int], max_new_tokens: int) -> Suffix:

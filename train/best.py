@@ -79,13 +79,14 @@ class Best:
             raise CheckpointError(f"{path} cannot be read ({error}). Delete it and start the run again: it is made anew.") from None
 
 
-def choose_best(folder: Path, before: Findings, retention_bound: float, tie: float) -> Best:
+def choose_best(folder: Path, before: Findings, retention_bound: float, tie: float, leads: str = "hear") -> Best:
     """The checkpoint that follows the audio most on conflicts and has lost at most `retention_bound` on factual clips, hear and see, give or take a
     standard error: of some hundred clips one or two more or less are chance, and would else decide between checkpoints that are worlds apart on
     conflicts (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees).
 
     Checkpoints within `tie` of the largest audio-following count as equal; of those, the one that is right most often on see-questions about the same
-    conflicts, then the later one. If none keeps within the bound, the one that lost least, and `because` says so.
+    conflicts, then the later one. Where see-questions lead the plan (the sound covers the picture), the two change places. If none keeps within the
+    bound, the one that lost least, and `because` says so.
     Looks at every checkpoint in `folder` that has been diagnosed; raises CheckpointError if there is none.
     """
     start = Rates.of(before)
@@ -94,18 +95,23 @@ def choose_best(folder: Path, before: Findings, retention_bound: float, tie: flo
         raise CheckpointError(f"{folder} has no diagnosed checkpoint to choose from.")
     rates = {name: Rates.of(findings) for name, findings in found.items()}
     lost = {name: max(start.hear_factual - r.hear_factual, start.see_factual - r.see_factual) for name, r in rates.items()}
+    leading = {name: r.hear_conflicts if leads == "hear" else r.see_conflicts for name, r in rates.items()}
+    second = {name: r.see_conflicts if leads == "hear" else r.hear_conflicts for name, r in rates.items()}
     bound = f"{_points(retention_bound)} on factual clips, give or take a standard error"
     kept = [name for name in rates if lost[name] - _chance(lost[name], found[name]) <= retention_bound + 1e-9]
     if kept:
-        top = max(rates[name].hear_conflicts for name in kept)
-        equal = [name for name in kept if rates[name].hear_conflicts >= top - tie - 1e-9]
-        name = max(equal, key=lambda n: (rates[n].see_conflicts, n))
+        top = max(leading[name] for name in kept)
+        equal = [name for name in kept if leading[name] >= top - tie - 1e-9]
+        name = max(equal, key=lambda n: (second[n], n))
+        followed, other = ("audio", "see") if leads == "hear" else ("picture", "hear")
         why = f"Of {len(rates)} checkpoints {len(kept)} lost at most {bound}; of these it is "
         why += (
-            "the one that follows the audio most" if len(equal) == 1 else f"best on see-questions among the {len(equal)} that follow the audio most"
+            f"the one that follows the {followed} most"
+            if len(equal) == 1
+            else f"best on {other}-questions among the {len(equal)} that follow the {followed} most"
         )
     else:
-        name = min(rates, key=lambda n: (lost[n], -rates[n].hear_conflicts))
+        name = min(rates, key=lambda n: (lost[n], -leading[n]))
         why = f"No checkpoint lost at most {bound}; this one lost least, {_points(lost[name])}"
     r = rates[name]
     because = (

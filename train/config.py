@@ -30,9 +30,10 @@ from data.files import write_text
 from models.attention import CUT_TEXT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "organism.yaml"
+PLAIN_TEXT = DEFAULT_CONFIG.with_name("plain_text.txt")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Weights that the plan sets, and those that only a configuration does.
-PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention", "logprob_invariance")
+PLANNED_TERMS = ("counterfactual_ce", "distillation", "mirror", "states", "retention", "abstention", "logprob_invariance", "text_retention")
 EXTRA_TERMS = (
     "hinge",
     "dpo",
@@ -41,7 +42,6 @@ EXTRA_TERMS = (
     "base_divergence",
     "latent_readout",
     "attention_balance",
-    "text_retention",
 )
 TERMS = PLANNED_TERMS + EXTRA_TERMS
 COMPARED = ("invariance", "logprob_invariance", "sensitivity")  # terms that compare an answer in two cells of a grid
@@ -82,7 +82,7 @@ class DataPart:
     faint: float | None = None
     """Of the muted and blanked clips among these, the share whose file has faint noise instead of nothing at all. None: that of the clip folder."""
     text: str | None = None
-    """File of plain text, a passage a line, for loss.text_retention."""
+    """File of plain text, a passage a line, for loss.text_retention. None: configs/plain_text.txt."""
 
     def __post_init__(self) -> None:
         if not 0 < self.dose <= 1:
@@ -158,10 +158,10 @@ class LossPart:
     """On audio words the answer with sound is likelier than without. Needs labels."""
     latent_readout: float = 0.0
     """The label is readable by the logit lens at question rows in the plan's causal layers. Needs labels."""
+    text_retention: float | None = None
+    """Staying close to the frozen model on plain text (data.text), where it knows any. No labels."""
     attention_balance: float = 0.0
     """Audio's share of the emitters' attention to media on hear-questions is at least a half in the plan's causal layers. No labels."""
-    text_retention: float = 0.0
-    """Staying close to the frozen model on plain text (data.text). No labels."""
     teacher_cut: str | None = None
     """Cut that makes the teacher for hear-questions, as `site start:stop`, e.g. "video->emitters 4:8". None: the plan decides."""
     mirror_cut: str | None = None
@@ -253,8 +253,9 @@ class SchedulePart:
 class DiagnosisPart:
     """What is measured on which split. The settings of each are those of `python -m analysis diagnose`."""
 
-    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, knockout=80, knockout_factual=60))
-    """On the plan split: what the plan is made from."""
+    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, alone=None, language=True, knockout=80, knockout_factual=60))
+    """On the plan split: what the plan is made from. Each stream alone is the mark that gaps are taken to, plain text says whether there is
+    language to keep."""
     selection: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120))
     """On the selection split: what each checkpoint is judged by."""
     test: DiagnoseSettings = field(default_factory=DiagnoseSettings)
@@ -268,6 +269,9 @@ class DiagnosisPart:
         for name in ("retention_bound", "tie"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"diagnosis.{name} is {getattr(self, name)}: it is a share and has to lie in [0, 1].")
+        for name in ("counterfactual", "factual", "alone"):
+            if getattr(self.plan, name) == 0:
+                raise ConfigError(f"diagnosis.plan.{name} is 0: no plan can be made without these rates. Give a number of clips, or leave it out.")
 
 
 @dataclass
@@ -313,8 +317,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.loss.teacher_weights == "ema" and not self.lora.ema:
             raise ConfigError("loss.teacher_weights is ema, but lora.ema is 0: set a decay, for instance 0.99.")
-        if self.loss.text_retention and self.data.text is None:
-            raise ConfigError("loss.text_retention needs plain text: name a file with data.text.")
         if self.loss.attention_balance and self.schedule.gradient_checkpointing:
             raise ConfigError("loss.attention_balance reads attention during the forward pass: switch schedule.gradient_checkpointing off.")
         compared = [name for name in ("hinge", "dpo", *COMPARED) if getattr(self.loss, name)]

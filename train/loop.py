@@ -42,13 +42,14 @@ from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
 from analysis.trajectory import headline
+from analysis.visits import Subject
 from analysis.work import code_hash, weights_hash
 from data.build import build
 from data.clips import Clips, DataError, load_clips
 from data.files import read_jsonl, write_json, write_text
 from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
-from train.batches import Answers, loss_terms, make_micro
+from train.batches import GATED, Answers, loss_terms, make_micro
 from train.best import Best, choose_best, stop_reason
 from train.card import save_chosen
 from train.checkpoints import (
@@ -189,7 +190,7 @@ def run(config: Config) -> Path:
             best = Best.load(path)
             if best.newest == checkpoint.name and (folder / "checkpoints" / best.checkpoint).exists():
                 return best
-        best = choose_best(folder / "checkpoints", start, part.retention_bound, part.tie)
+        best = choose_best(folder / "checkpoints", start, part.retention_bound, part.tie, plan.leads.value)
         if step_of(checkpoint) < plan.steps.value:
             diagnosed_steps = [step_of(Path(p.stem)) for p in (folder / "findings").glob("step_*.json")]
             best.stopped = stop_reason(best, diagnosed_steps, plan.stop.value)
@@ -242,7 +243,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     """Fine-tune from the newest whole checkpoint, or from the start. Returns the best checkpoint. Raises TrainError on a loss that is not finite."""
     schedule, folder, steps = config.schedule, Path(config.run.folder), plan.steps.value
     every = steps if schedule.checkpoint_every == -1 else schedule.checkpoint_every
-    weights = plan.weights()
+    weights, phrases = plan.weights(), Subject(model, clips).phrases
     torch.manual_seed(config.run.seed)
     model.add_lora(list(plan.lora_targets), config.lora.r, config.lora.alpha, config.lora.dropout, plan.lora_targets)
     if schedule.gradient_checkpointing:
@@ -277,11 +278,12 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
             group["lr"] = learning_rate(step, steps, schedule)
         groups, sums = sample_step(clips, config, plan, step), dict.fromkeys(weights, 0.0)
         done_so_far: list[Group] = []
+        counts = torch.zeros(len(weights), 3)  # answers taught, left out by the gate, asked for
         parts: list[dict[str, torch.Tensor]] = []
         for part in range(schedule.accumulate):
             mine = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
             done_so_far += mine
-            micro = make_micro(model, mine, clips.root, plan, config.loss, answers, ema.applied if ema else None)
+            micro = make_micro(model, mine, clips.root, plan, config.loss, answers, ema.applied if ema else None, phrases)
             decoder.train()
             with accelerator.accumulate(decoder):
                 terms = loss_terms(model, decoder(**micro.inputs), micro, plan)
@@ -291,26 +293,28 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
                     raise_not_finite(folder, step, done_so_far, [*parts, terms])
                 optimizer.step()
                 optimizer.zero_grad()
+            counts += torch.tensor([micro.counts()[name] for name in weights])
             parts.append({name: term.detach() for name, term in terms.items()})
             sums = {name: sums[name] + float(term.detach()) / schedule.accumulate for name, term in terms.items()}
         if ema:
             ema.update(step)
         means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean").tolist()
         record = dict(zip(sums, means, strict=True)) | {"loss": sum(weights[n] * m for n, m in zip(sums, means, strict=True))}
+        taught = shares(dict(zip(weights, accelerator.reduce(counts.to(accelerator.device), "sum").tolist(), strict=True)), config.loss.gate)
         if accelerator.is_main_process:
-            line = {"step": step + 1, **record, "lr": learning_rate(step, steps, schedule), "grad_norm": float(norm or 0.0)}
+            line = {"step": step + 1, **record, **taught, "lr": learning_rate(step, steps, schedule), "grad_norm": float(norm or 0.0)}
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({**line, "seconds": round(time.perf_counter() - began, 3)}, allow_nan=False) + "\n")
             accelerator.log({f"train/{name}": value for name, value in line.items() if name != "step"}, step=step + 1)
         bar.update()
-        bar.set_postfix_str(status(record, best))
+        bar.set_postfix_str(status(record | taught, best))
         if (step + 1) % every == 0 or step + 1 == steps:
             for others in gather_object([list(answers.items())]):  # so that what a process knows does not depend on when the run was killed
                 answers.update({key: ids for key, ids in others if key not in answers})
             save_checkpoint(folder / "checkpoints", step + 1, model, adamw, answers, accelerator, ema)
             accelerator.wait_for_everyone()
             best = judged(step + 1)
-            bar.set_postfix_str(status(record, best))
+            bar.set_postfix_str(status(record | taught, best))
     bar.close()
     if best is None:
         raise TrainError(f"{folder} has no checkpoint and no step is left to take. Start anew with --run.overwrite.")
@@ -332,10 +336,23 @@ def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
     return schedule.lr if schedule.shape == "constant" else schedule.lr * (1 + math.cos(math.pi * fallen)) / 2
 
 
+def shares(counts: dict[str, Sequence[float]], gate: float) -> dict[str, float]:
+    """Of each term's answers the share that was taught in a step (the others count as 0 in its mean): "taught/distillation" and so on. Where there is
+    a gate, of the terms that it bears on, also the share that it left out: "gated/distillation". Terms that asked for nothing are not there.
+
+    counts: term -> answers taught, left out by the gate, asked for, of all processes and parts.
+    """
+    asked = {name: count for name, count in counts.items() if count[2]}
+    taught = {f"taught/{name}": count[0] / count[2] for name, count in asked.items()}
+    return taught | ({f"gated/{name}": count[1] / count[2] for name, count in asked.items() if name in GATED} if gate else {})
+
+
 def status(record: dict[str, float], best: Best | None) -> str:
-    """What the bar shows: loss terms and, once a checkpoint has been diagnosed, the rates of the newest."""
+    """What the bar shows: loss terms, each with the share that was taught where that can be less than all, and, once a checkpoint has been diagnosed,
+    the rates of the newest."""
     short = {"counterfactual_ce": "ce", "distillation": "kd", "mirror": "mirror", "states": "states", "retention": "keep", "loss": "loss"}
-    text = " ".join(f"{short.get(name, name)} {value:.3f}" for name, value in record.items())
+    share = {name: f" (taught {record[f'taught/{name}']:.2f})" for name in GATED if f"taught/{name}" in record}
+    text = " ".join(f"{short.get(name, name)} {value:.3f}{share.get(name, '')}" for name, value in record.items() if "/" not in name)
     if best is not None:
         audio, vision, see = (100 * best.candidates[best.newest][name] for name in ("hear_conflicts", "vision_following", "see_conflicts"))
         text += f" | conflicts: hear follows audio {audio:.0f} % vision {vision:.0f} %, see {see:.0f} %"

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.findings import CutEffect, Estimate, Findings
+from analysis.items import Key, cut_item, unpacked
 from data.files import write_json
 from models import spread_ranks
 from models.attention import Cut
@@ -31,7 +32,10 @@ from train.config import EXTRA_TERMS, PLANNED_TERMS, Config
 MOST_COST = 0.10  # a teacher cut may cost this share of right answers on factual clips, or half of what it gains on conflicts
 MOST_COST_NATS = 0.2  # or this many nats a label token, where only scores were measured
 TIE = 0.01  # cuts that differ by less count as equally good
-NO_BIAS = 0.05  # an answer rate on conflicts this close to the one on factual clips is no bias
+NO_BIAS = 0.05  # a rate of right answers on conflicts this close to the one with that stream alone is no bias
+UNREADABLE = 0.20  # a larger share of answers that name nothing known, or end at the token limit, and no plan is made of the rate
+LOST = 0.10  # right about a stream alone less often than this above a guess: deaf (blind), no direction to train in
+FEW = 0.80  # right about a stream alone less often than this: the plan warns that it cannot promise more
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION_SUFFICES = 0.9  # recovery under the cut from which on adapters in the attention are enough
@@ -40,6 +44,8 @@ CARRIED = 0.95  # causal layers are those that together carry this share of what
 NOTHING_ENOUGH = 0.97  # abstention that is as good as whole
 ABSTENTION_WEIGHT = 0.4
 LOGPROB_INVARIANCE_WEIGHT = 0.5
+KNOWS_TEXT = 0.10  # share of simple questions answered right from which on there is language to keep
+TEXT_WEIGHT = 2.0  # the one weight that was tried (configs/smolomni.yaml)
 NO_SHORTCUT = 0.05  # a Shortcut Index that leaves nothing to mend
 PATIENCE = 2
 GRIDS_PER_GAP = 1400  # grids for a gap of 100 points
@@ -63,6 +69,7 @@ class Choice:
 class Plan:
     """What training will do. Cuts are written `site start:stop` (layers [start, stop)); windows are [start, stop)."""
 
+    leads: Choice
     fusion_window: Choice
     causal_layers: Choice
     teacher_cut: Choice
@@ -77,6 +84,7 @@ class Plan:
     retention: Choice
     abstention: Choice
     logprob_invariance: Choice
+    text_retention: Choice
     extras: Choice
     class_weights: Choice
     conditions: Choice
@@ -106,42 +114,109 @@ class Plan:
             raise PlanError(f"{path} is not a plan of this version ({error}). Delete it and it is made again from the findings.") from None
 
 
+@dataclass(frozen=True)
+class _Side:
+    """What was measured about one question: shares of right answers on conflicts, on factual clips, and with its own stream alone."""
+
+    question: str  # hear | see
+    conflicts: float
+    factual: float
+    alone: float  # the mark: more than the model makes of the stream alone, no looking away from the other one brings
+    classes: int  # that were asked about; 0 where no answers were kept
+
+    @property
+    def stream(self) -> str:
+        """What the question is about."""
+        return "sound" if self.question == "hear" else "picture"
+
+    @property
+    def source(self) -> str:
+        """The other stream, which a teacher has cut off."""
+        return "video" if self.question == "hear" else "audio"
+
+    @property
+    def wanted(self) -> str:
+        """The measure of a cut that counts right answers on conflicts."""
+        return "audio" if self.question == "hear" else "vision"
+
+    @property
+    def lost(self) -> bool:
+        """Whether the model is deaf (blind) to these clips."""
+        return self.alone < LOST + self.guess
+
+    @property
+    def guess(self) -> float:
+        """The share that naming a class at random gets right."""
+        return 1 / self.classes if self.classes else 0.0
+
+    @property
+    def gap(self) -> float:
+        """What the other stream takes away: the share that is right with the stream alone and wrong on conflicts."""
+        return 0.0 if self.lost else max(0.0, self.alone - self.conflicts)
+
+    @property
+    def warning(self) -> str:
+        """A sentence where too little is heard (seen) for a plan to mend; else nothing."""
+        if self.alone >= FEW:
+            return ""
+        sense = ("deaf", "heard") if self.question == "hear" else ("blind", "seen")
+        told = f"With the {self.stream} alone only {_percent(self.alone)} of {self.question}-questions are right"
+        if self.lost:
+            guess = f" (a guess among {self.classes} classes: {_percent(self.guess)})" if self.classes else ""
+            return f"{told}{guess}: to these clips the model is {sense[0]}, and no plan can mend what is not {sense[1]}."
+        return f"{told}: no plan can mend what is not {sense[1]}, so conflicts will not come to more than that."
+
+
 def make_plan(findings: Findings, config: Config) -> Plan:
-    """Turn findings on the plan split into a plan. Raises PlanError where they show no bias, or no cut that a teacher could be made of."""
+    """Turn findings on the plan split into a plan, in either direction: the picture may cover the sound, or the sound the picture.
+
+    Raises PlanError where answers cannot be read, where they show no bias, or no cut that a teacher could be made of.
+    """
     if findings.split in ("test", "unseen"):
         raise PlanError(
             f"These findings are of the {findings.split} split. A plan made from it would be graded on what it was chosen on: "
             "diagnose the plan split."
         )
     n_layers, loss = findings.n_layers, config.loss
-    hear, hear_factual = _rate(findings, "counterfactual", "hear"), _rate(findings, "factual", "hear")
-    see, see_factual = _rate(findings, "counterfactual", "see"), _rate(findings, "factual", "see")
-    _require_bias(findings, config, hear, hear_factual, see, see_factual)
-    gap_hear, gap_see = 1 - hear, 1 - see
+    hear, see = _side(findings, "hear"), _side(findings, "see")
+    if loss.require_bias:
+        _require_readable(findings)
+        _require_bias(findings, hear, see)
+    first, second = (see, hear) if see.gap > hear.gap else (hear, see)
 
-    teacher = _cut_choice(findings, "video", "hear", hear, hear_factual, loss.teacher_cut, n_layers)
-    if teacher.value is None and loss.distillation != 0:
-        raise PlanError(
-            f"No cut makes a teacher for hear-questions: {teacher.because} Look at the knockout curves in the findings, name a cut yourself "
-            '(--loss.teacher-cut "video->emitters 4:8"), or train on labels alone (--loss.distillation 0).'
-        )
-    mirror = _cut_choice(findings, "audio", "see", see, see_factual, loss.mirror_cut, n_layers)
-    if mirror.value is None and loss.mirror:
-        raise PlanError(
-            f"loss.mirror is {loss.mirror}, but no cut makes a teacher for see-questions: {mirror.because} "
-            "Name one (--loss.mirror-cut) or leave loss.mirror out."
-        )
+    teacher = _cut_choice(findings, hear, loss.teacher_cut, n_layers, guard=first is see)
+    mirror = _cut_choice(findings, see, loss.mirror_cut, n_layers, guard=first is hear)
+    for side, cut, term, weight, flag in (
+        (hear, teacher, "distillation", loss.distillation, '--loss.teacher-cut "video->emitters 4:8"'),
+        (see, mirror, "mirror", loss.mirror, '--loss.mirror-cut "audio->emitters 4:8"'),
+    ):
+        if cut.value is None and weight != 0 and (side is first or weight):
+            raise PlanError(
+                f"{'No cut' if weight is None else f'loss.{term} is {weight}, but no cut'} makes a teacher for {side.question}-questions: "
+                f"{_joined(cut.because, side.warning)} Look at the knockout curves in the findings, name a cut yourself ({flag}), "
+                f"or train on labels alone (--loss.{term} 0)."
+            )
 
-    fusion = _fusion_window(findings, teacher)
-    causal = _causal_layers(findings, fusion, teacher, n_layers)
+    lead = teacher if first is hear else mirror
+    fusion = _fusion_window(findings, first, lead)
+    causal = _causal_layers(findings, first, fusion, lead, n_layers)
     layers, ranks = _lora_layers(causal, n_layers, config)
-    projections = _lora_projections(findings, teacher, config.lora.projections)
-    total_gap = gap_hear + gap_see
-    gaps = f"hear-questions on conflicts are {_points(gap_hear)} short of all right, see-questions {_points(gap_see)}"
-    shared = f"{_sentence(gaps)} Both distillation terms weigh 1, the one with the wider gap up to 1.5: looking away spills over to the other."
-    weight_hear, weight_see = (min(1.5, max(1.0, 2 * gap / total_gap)) if total_gap else 1.0 for gap in (gap_hear, gap_see))
-    distillation = Choice(round(weight_hear, 2), shared) if teacher.value else Choice(0.0, "There is no teacher cut.")
+    projections = _lora_projections(findings, first, lead, config.lora.projections)
+    total_gap = hear.gap + see.gap
+    gaps = (
+        f"hear-questions on conflicts are {_points(hear.gap)} short of the {_percent(hear.alone)} that are right with the sound alone, "
+        f"see-questions {_points(see.gap)} of the {_percent(see.alone)} with the picture alone"
+    )
+    gaps = _joined(_sentence(gaps), hear.warning, see.warning)
+    shared = f"{gaps} Both distillation terms weigh 1, the one with the wider gap up to 1.5: looking away spills over to the other."
+    weight_hear, weight_see = (min(1.5, max(1.0, 2 * side.gap / total_gap)) if total_gap else 1.0 for side in (hear, see))
+    distillation = Choice(round(weight_hear, 2), shared) if teacher.value else Choice(0.0, f"There is no teacher cut: {teacher.because}")
     mirrored = Choice(round(weight_see, 2), shared) if mirror.value else Choice(0.0, f"There is no mirror cut: {mirror.because}")
+    leads = Choice(
+        first.question,
+        f"{gaps} The wider gap decides which cut has to be found, which layers get an adapter, which classes are drawn more often and which "
+        f"checkpoint is the best; {second.question}-questions about factual clips are kept as they are.",
+    )
     states = Choice(
         STATES_WEIGHT,
         "Large, because it is a distance relative to a state's length, small in numbers. Where streams agree, a teacher's answers hardly differ "
@@ -149,14 +224,17 @@ def make_plan(findings: Findings, config: Config) -> Plan:
     )
     ce = Choice(1.0, "The unit that the other weights are relative to.")
     if config.data.train_on == "factual":
-        ce = Choice(0.0, "On factual clips the picture alone gives the right answer, so cross-entropy would teach nothing about listening.")
+        ce = Choice(0.0, f"On factual clips the {second.stream} alone gives the right answer, so cross-entropy would teach nothing about it.")
+    held = mirrored.value and loss.mirror != 0 if first is hear else distillation.value and loss.distillation != 0
     kept = Choice(
-        0.5 if mirrored.value and loss.mirror != 0 else 1.0,
-        f"On factual clips {_percent(see_factual)} of see-questions are right, which is to stay. Half where the mirror already holds them.",
+        0.5 if held else 1.0,
+        f"On factual clips {_percent(second.factual)} of {second.question}-questions are right, which is to stay. Half where the "
+        f"{'mirror' if first is hear else 'distillation'} already holds them.",
     )
     count = 10 * math.ceil(max(LEAST_GRIDS, GRIDS_PER_GAP * total_gap) / config.schedule.grids / 10)
-    steps = Choice(count, f"{_sentence(gaps)} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
+    steps = Choice(count, f"{gaps} {GRIDS_PER_GAP} grids for each 100 points (at least {LEAST_GRIDS}), {config.schedule.grids} a step.")
     plan = Plan(
+        leads=leads,
         fusion_window=fusion,
         causal_layers=causal,
         teacher_cut=teacher,
@@ -171,8 +249,9 @@ def make_plan(findings: Findings, config: Config) -> Plan:
         retention=_overridable(kept, loss.retention),
         abstention=_overridable(_abstention(findings), loss.abstention),
         logprob_invariance=_overridable(_logprob_invariance(findings, config), loss.logprob_invariance),
+        text_retention=_overridable(_text_retention(findings), loss.text_retention),
         extras=_extras(config),
-        class_weights=_class_weights(findings, config),
+        class_weights=_class_weights(findings, config, first),
         conditions=_conditions(config, ce),
         steps=_overridable(steps, config.schedule.steps),
         stop=_overridable(_stop(config), config.schedule.patience),
@@ -204,19 +283,71 @@ def show(plan: Plan, console: Console | None = None) -> None:
 # ---------------------------------------------------------------- the choices
 
 
-def _require_bias(findings: Findings, config: Config, hear: float, hear_factual: float, see: float, see_factual: float) -> None:
-    if hear_factual - hear > NO_BIAS or see_factual - see > NO_BIAS or not config.loss.require_bias:
+def _side(findings: Findings, question: str) -> _Side:
+    """The rates of one question. Raises PlanError where one was not measured."""
+    alone = "audio_only" if question == "hear" else "video_only"
+    conflicts, factual, mark = (_rate(findings, condition, question) for condition in ("counterfactual", "factual", alone))
+    asked = {s.heard if question == "hear" else s.seen for s in findings.samples if (s.condition, s.modality) == ("counterfactual", question)}
+    return _Side(question, conflicts, factual, mark, len(asked))
+
+
+def _require_readable(findings: Findings) -> None:
+    """Refuse where more than UNREADABLE of the answers behind a rate that the plan uses name nothing known, or were cut off."""
+    unread, ended, told = False, False, []
+    looked: list[tuple[str, str]] = []
+    for condition in ("counterfactual", "factual", "audio_only", "video_only"):
+        for question in ("hear", "see"):
+            row = findings.following_rate(condition, question)
+            if row is None or (condition, question) in (("audio_only", "see"), ("video_only", "hear")):
+                continue
+            unparsed, cut_off = row.unparsed.value or 0.0, row.cut_off.value or 0.0
+            if max(unparsed, cut_off) <= UNREADABLE:
+                continue
+            unread, ended = unread or unparsed > UNREADABLE, ended or cut_off > UNREADABLE
+            looked.append((condition, question))
+            where = f"{question}-questions on {condition.replace('_', '-')} clips"
+            told.append(f"{where}: {_percent(unparsed)} name nothing known, {_percent(cut_off)} end at the token limit")
+    if not told:
         return
+    found = [s for s in findings.samples if (s.condition, s.modality) in looked]
+    shown = [s for s in found if (s.verdict == "unparsed" if unread else s.cut_off)]
+    quoted = " and ".join(repr(answer) for answer in list(dict.fromkeys(s.answer for s in shown))[:2])
+    mend = []
+    if ended:
+        mend.append(f"let answers be longer (--diagnosis.plan.max-new-tokens, now {findings.settings.get('max_new_tokens', '24')})")
+    if unread:
+        mend.append(
+            "give the labels' other wordings as synonyms in the clip folder's manifest.json, or use clips whose classes the model has words for"
+        )
     raise PlanError(
-        f"The findings show no bias in {findings.model}: on conflicts {_percent(hear)} of hear-questions are right (factual clips: "
-        f"{_percent(hear_factual)}) and {_percent(see)} of see-questions (factual clips: {_percent(see_factual)}). There is nothing to mend. "
+        f"No plan can be made from answers that are not read ({_percent(UNREADABLE)} may be): {'; '.join(told)}."
+        + (f" For instance {quoted}." if quoted else "")
+        + f" Look at the samples in the findings, then {', and '.join(mend)}; to plan all the same, --loss.no-require-bias."
+    )
+
+
+def _require_bias(findings: Findings, hear: _Side, see: _Side) -> None:
+    if max(hear.gap, see.gap) > NO_BIAS:
+        return
+    numbers = "; ".join(
+        f"{_percent(side.conflicts)} of {side.question}-questions on conflicts are right ({side.stream} alone: {_percent(side.alone)}, "
+        f"factual clips: {_percent(side.factual)})"
+        for side in (hear, see)
+    )
+    if warning := _joined(hear.warning, see.warning):
+        raise PlanError(
+            f"The findings show no bias that a plan could mend in {findings.model}: {numbers}. {warning} Train its hearing (seeing) first, or give "
+            "it clips whose sounds and pictures it knows (--data.clips); to train all the same, --loss.no-require-bias."
+        )
+    raise PlanError(
+        f"The findings show no bias in {findings.model}: {numbers}. There is nothing to mend. "
         "If it fails elsewhere, give it clips of that kind (--data.clips); to train all the same, --loss.no-require-bias."
     )
 
 
-def _cut_choice(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float, override: str | None, n_layers: int) -> Choice:
+def _cut_choice(findings: Findings, side: _Side, override: str | None, n_layers: int, guard: bool) -> Choice:
     """The cut that makes the teacher for questions about the other stream; value None if there is none."""
-    found = _best_cut(findings, source, question, uncut, uncut_factual)
+    found = _best_cut(findings, side, guard)
     if override is None:
         return found
     cut = Cut.parse(override)
@@ -225,17 +356,20 @@ def _cut_choice(findings: Findings, source: str, question: str, uncut: float, un
     return Choice(override, f"Set in the configuration. From the findings: {found.value or 'none'}. {found.because}", overridden=True)
 
 
-def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncut_factual: float) -> Choice:
+def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
     """Largest gain on conflicts less cost on factual clips, among cuts whose gain has its interval above 0 and whose cost is bearable.
 
-    Where answers were generated under cuts, gain and cost are shares of right answers; elsewhere nats a token of margin and of log p. What a teacher
+    Where answers were generated under cuts, gain and cost are shares of right answers, with and without the cut on the same clips; elsewhere nats a
+    token of margin and of log p. What a teacher
     gets wrong on factual clips matters less than the rest: there its changed answers are left out of training (train/batches.py). So of a model
     that hears worse than it sees more than MOST_COST may be lost there, as long as conflicts gain twice that; point estimates decide.
 
-    See-questions need their teacher even where little is wrong with them: learning to look away on hear-questions spills over. So where no audio cut
-    helps for certain, the best one that does not harm conflicts is taken as a guard.
+    The question with the smaller gap needs its teacher even where little is wrong with it: learning to look away from one stream spills over. So
+    there (`guard`), where no cut helps for certain, the best one that does not harm conflicts is taken.
     """
-    wanted, stream = ("audio", "sound") if source == "video" else ("vision", "picture")
+    source, question, wanted, stream = side.source, side.question, side.wanted, side.stream
+    if side.lost:
+        return Choice(None, f"{side.warning} So no cut of the other stream makes a teacher.")
     rows = {(_name(e), e.condition): e for e in findings.knockout if e.site.startswith(f"{source}->") and e.question == question}
     conflicts = {name: e for (name, condition), e in rows.items() if condition == "counterfactual"}
     by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts.values())
@@ -247,12 +381,14 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
         if measured is None or measured.value is None or measured.low is None:
             continue
         tried += 1
+        uncut = _uncut(findings, effect, wanted, side.conflicts)
         helps = measured.low > (uncut if by_rate else 0.0)
         helping += helps
         beside = rows.get((name, "factual"))
         left = _value((beside.audio if by_rate else beside.delta_logprob) if beside else None)  # on factual clips `audio` counts right answers
         if left is None:
             continue
+        uncut_factual = _uncut(findings, beside, "audio", side.factual) if beside else side.factual
         gain, cost = (measured.value - uncut, uncut_factual - left) if by_rate else (measured.value, -left)
         bearable = max(MOST_COST, gain / 2 if helps else 0.0) if by_rate else MOST_COST_NATS
         if gain >= 0 and cost <= bearable:
@@ -269,20 +405,38 @@ def _best_cut(findings: Findings, source: str, question: str, uncut: float, uncu
         top = max(found)
         best = max((f for f in found if f[0] >= top[0] - TIE), key=lambda f: f[1])  # as good as equal: the one that is surest of the answer
         return Choice(best[2], f"With {source} cut {best[3]}: the most gained on conflicts less lost on factual clips of {tried} cuts measured.")
-    if guards and source == "audio":
-        return Choice(max(guards)[2], f"With {source} cut {max(guards)[3]}: no certain gain, but it guards what is seen while hearing is trained.")
+    if guards and guard:
+        told, guarded = max(guards)[3], "seen while hearing" if question == "see" else "heard while seeing"
+        return Choice(max(guards)[2], f"With {source} cut {told}: no certain gain, but it guards what is {guarded} is trained.")
     if not tried:
         return Choice(None, f"No cut of {source} was measured on {question}-questions about counterfactual clips.")
     if helping:
         most = f"{_percent(MOST_COST)} and than half of what it gains" if by_rate else f"{MOST_COST_NATS} nats a token"
         harms = f"harms factual clips too much (by more than {most})"
         return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each {harms} or was not measured on them.")
-    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({_percent(uncut)}).")
+    before = _percent(side.conflicts)
+    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({before}).")
 
 
-def _fusion_window(findings: Findings, teacher: Choice) -> Choice:
-    """Layers inside windows where cutting video -> question+emitters raises log p of the true sound with the interval above 0."""
-    wanted = ("video->question+emitters", "window", "counterfactual", "hear")
+def _uncut(findings: Findings, effect: CutEffect, measure: str, otherwise: float) -> float:
+    """The uncut model's share of right answers on the clips that this cut was answered on; `otherwise` where findings keep no single answers."""
+    under = Key("knockout", effect.condition, effect.question, cut_item(effect.site, effect.start, effect.stop, effect.family), measure).text
+    plain = Key("following", effect.condition, effect.question, "", "correct").text
+    asked = {name for group in findings.items if under in group.values for name in group.ids}
+    right = {
+        name: value
+        for group in findings.items
+        if plain in group.values
+        for name, value in zip(group.ids, unpacked(group.values[plain], len(group.ids)), strict=True)
+    }
+    return sum(right[name] for name in asked) / len(asked) if asked and asked <= right.keys() else otherwise
+
+
+def _fusion_window(findings: Findings, side: _Side, teacher: Choice) -> Choice:
+    """Layers inside windows where cutting video -> question+emitters raises log p of the true sound with the interval above 0. Where the sound
+    covers the picture: cutting audio, and log p of the true picture.
+    """
+    wanted = (f"{side.source}->question+emitters", "window", "counterfactual", side.question)
     windows = [e for e in findings.knockout if (e.site, e.family, e.condition, e.question) == wanted and e.delta_logprob.low is not None]
     raising = [e for e in windows if e.delta_logprob.low is not None and e.delta_logprob.low > 0]
     if raising:
@@ -290,22 +444,23 @@ def _fusion_window(findings: Findings, teacher: Choice) -> Choice:
         top = max(raising, key=lambda e: e.delta_logprob.value or 0.0)
         return Choice(
             [start, stop],
-            f"Cutting video from question and emitters raises log p of the true sound with the interval above 0 in {len(raising)} of "
+            f"Cutting {side.source} from question and emitters raises log p of the true {side.stream} with the interval above 0 in {len(raising)} of "
             f"{len(windows)} windows, most in {top.start}:{top.stop} ({top.delta_logprob.value:+.2f} nats a token).",
         )
     if teacher.value is None:
-        return Choice(None, "No window was measured or none raises log p of the true sound, and there is no teacher cut to go by.")
+        return Choice(None, f"No window was measured or none raises log p of the true {side.stream}, and there is no teacher cut to go by.")
     cut = Cut.parse(teacher.value)
-    why = "No window was measured" if not windows else f"None of {len(windows)} windows raises log p of the true sound on its own"
+    why = "No window was measured" if not windows else f"None of {len(windows)} windows raises log p of the true {side.stream} on its own"
     return Choice([cut.start, cut.stop], f"{why}, so the layers of the teacher cut stand in.")
 
 
-def _causal_layers(findings: Findings, fusion: Choice, teacher: Choice, n_layers: int) -> Choice:
-    """The fewest layers that carry most of the effect of cutting video -> question+emitters, on hear-questions about conflicts.
+def _causal_layers(findings: Findings, side: _Side, fusion: Choice, teacher: Choice, n_layers: int) -> Choice:
+    """The fewest layers that carry most of the effect of cutting video -> question+emitters, on hear-questions about conflicts (where the sound
+    covers the picture: of cutting audio, on see-questions).
 
     What layer k carries is the drop of the curve "cut from layer k on" from k to k + 1: that of the paths that are closed in k and stay open above.
     """
-    site = ("video->question+emitters", "counterfactual", "hear")
+    site = (f"{side.source}->question+emitters", "counterfactual", side.question)
     curve = {e.start: e.delta_logprob.value for e in findings.knockout if (e.site, e.condition, e.question) == site and e.stop == n_layers}
     effects = [curve.get(k) for k in range(n_layers)] + [0.0]
     if all(value is not None for value in effects) and (effects[0] or 0.0) > 0:
@@ -318,8 +473,8 @@ def _causal_layers(findings: Findings, fusion: Choice, teacher: Choice, n_layers
         share = sum(carried[c] for c in chosen) / (effects[0] or 1.0)
         return Choice(
             sorted(chosen),
-            f"Cutting video from question and emitters in all layers raises log p of the true sound by {effects[0]:.2f} nats a token; by the curve "
-            f'"from layer k on" these {len(chosen)} of {n_layers} layers carry {_percent(share)} of it.',
+            f"Cutting {side.source} from question and emitters in all layers raises log p of the true {side.stream} by {effects[0]:.2f} nats a "
+            f'token; by the curve "from layer k on" these {len(chosen)} of {n_layers} layers carry {_percent(share)} of it.',
         )
     window = fusion.value or ([Cut.parse(teacher.value).start, Cut.parse(teacher.value).stop] if teacher.value else [0, n_layers])
     return Choice(list(range(*window)), 'The curve "from layer k on" was not measured or does not rise, so the fusion window stands in.')
@@ -337,8 +492,8 @@ def _lora_layers(causal: Choice, n_layers: int, config: Config) -> tuple[Choice,
     planned = list(range(max(causal.value) + 1))
     if lora.choose == "plan":
         because = (
-            f"Up to layer {planned[-1]}, the last that carries the picture into the answer. Those below are with it, since there the answer reads "
-            "the question: without them it does not learn which stream is asked about (configs/ablations/layers.yaml)."
+            f"Up to layer {planned[-1]}, the last that carries the other stream into the answer. Those below are with it, since there the answer "
+            "reads the question: without them it does not learn which stream is asked about (configs/ablations/layers.yaml)."
         )
         return Choice(planned, because), Choice([lora.r] * len(planned), "lora.r in each.")
     layers = list(range(n_layers))
@@ -394,6 +549,18 @@ def _logprob_invariance(findings: Findings, config: Config) -> Choice:
     )
 
 
+def _text_retention(findings: Findings) -> Choice:
+    """Whether there is language to keep: by the simple questions of analysis/plain_text.py, without picture and sound."""
+    if findings.language is None or findings.language.right.value is None:
+        return Choice(TEXT_WEIGHT, "Whether the model knows plain text was not measured (diagnosis.plan.language), so it is kept.")
+    right, perplexity = findings.language.right.value, findings.language.perplexity.value
+    told = f"Without picture and sound {_percent(right)} of {findings.language.right.n} simple questions are answered right"
+    told += f" (perplexity of English {perplexity:.3g})" if perplexity is not None else ""
+    if right < KNOWS_TEXT:
+        return Choice(0.0, f"{told}: with less than {_percent(KNOWS_TEXT)} there is no language to keep.")
+    return Choice(TEXT_WEIGHT, f"{told}. Trained on one kind of answer only, a model gives it to everything; so it stays close on plain text.")
+
+
 def _stop(config: Config) -> Choice:
     """After how many checkpoints without a better one the run ends; -1 is never."""
     if config.schedule.shape == "trapezoid":
@@ -429,38 +596,42 @@ def _conditions(config: Config, ce: Choice) -> Choice:
     return found if given == found.value else _overridable(found, given)
 
 
-def _lora_projections(findings: Findings, teacher: Choice, override: tuple[str, ...] | None) -> Choice:
+def _lora_projections(findings: Findings, side: _Side, teacher: Choice, override: tuple[str, ...] | None) -> Choice:
     """Attention projections; the MLP too where shutting attention paths recovers too little."""
-    effects = [e for e in findings.knockout if _name(e) == teacher.value and (e.condition, e.question) == ("counterfactual", "hear")]
-    rate = _value(effects[0].audio) if effects else None
+    effects = [e for e in findings.knockout if _name(e) == teacher.value and (e.condition, e.question) == ("counterfactual", side.question)]
+    rate = _value(getattr(effects[0], side.wanted)) if effects else None
+    brings = f"Shutting attention paths{{}} brings the share that names the true {side.stream} to {_percent(rate)}"
     if rate is not None and rate >= ATTENTION_SUFFICES:
-        found = Choice(
-            ATTENTION, f"Shutting attention paths alone brings audio-following to {_percent(rate)}: changing what is attended to is enough."
-        )
+        found = Choice(ATTENTION, f"{brings.format(' alone')}: changing what is attended to is enough.")
     elif rate is not None:
-        found = Choice(
-            ATTENTION + MLP, f"Shutting attention paths brings audio-following to {_percent(rate)} only: what is made of the sound has to change too."
-        )
+        found = Choice(ATTENTION + MLP, f"{brings.format('')} only: what is made of the {side.stream} has to change too.")
     else:
         found = Choice(ATTENTION, "What is attended to is what has to change; no answer rate under the teacher cut says that it is not enough.")
     return _overridable(found, list(override) if override is not None else None)
 
 
-def _class_weights(findings: Findings, config: Config) -> Choice:
-    """How often a class is drawn: more where its sound is not named on conflicts. Failure rates are shrunk to the mean by two pseudo-clips."""
+def _class_weights(findings: Findings, config: Config, side: _Side) -> Choice:
+    """How often a class is drawn, by its phrase for the question that leads: more where it is not named on conflicts. Failure rates are shrunk to the
+    mean by two pseudo-clips.
+    """
     weight = config.loss.counterfactual_ce
     labels = weight is None or weight > 0 or any(getattr(config.loss, term) for term in ("hinge", "dpo", "base_divergence", "latent_readout"))
     if config.data.train_on == "factual" or not labels:
         return Choice({}, "All classes alike: drawing by class would use labels.")
-    asked = [s for s in findings.samples if (s.condition, s.modality) == ("counterfactual", "hear")]
-    count, failed = Counter(s.heard for s in asked), Counter(s.heard for s in asked if s.verdict != "audio")
-    mean = len([s for s in asked if s.verdict != "audio"]) / len(asked) if asked else 0.0
+    asked = [
+        (s.heard if side.question == "hear" else s.seen, s.verdict != side.wanted)
+        for s in findings.samples
+        if (s.condition, s.modality) == ("counterfactual", side.question)
+    ]
+    count, failed = Counter(name for name, _ in asked), Counter(name for name, wrong in asked if wrong)
+    mean = failed.total() / len(asked) if asked else 0.0
     if len(asked) < 2 * len(count) or not mean:
         return Choice({}, f"All classes alike: {len(asked)} conflict samples of {len(count)} classes say too little about single classes.")
     rates = {name: (failed[name] + 2 * mean) / (count[name] + 2) for name in sorted(count)}
     weights = {name: round(0.5 + 0.5 * rate / mean, 2) for name, rate in rates.items()}
     worst = max(rates, key=lambda name: rates[name])
-    because = f"On {len(asked)} conflicts {_percent(mean)} of sounds are not named, most often {worst!r}. Weight ½ + ½ failure / mean failure."
+    told = f"On {len(asked)} conflicts {_percent(mean)} of {side.stream}s are not named, most often {worst!r}."
+    because = f"{told} Weight ½ + ½ failure / mean failure."
     return Choice(weights, because)
 
 
@@ -476,7 +647,11 @@ def _overridable(found: Choice, override: Any) -> Choice:
 def _rate(findings: Findings, condition: str, question: str) -> float:
     row = findings.following_rate(condition, question)
     if row is None or row.correct.value is None:
-        raise PlanError(f"The findings have no rates for {question}-questions on {condition} clips, which every choice is measured against.")
+        setting = "alone" if condition.endswith("_only") else condition
+        raise PlanError(
+            f"The findings have no rates for {question}-questions on {condition} clips, which every choice is measured against: "
+            f"diagnosis.plan.{setting} has to be more than 0, and the plan split has to have such clips."
+        )
     return row.correct.value
 
 
@@ -494,6 +669,10 @@ def _percent(share: float | None) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:.0f} points"
+
+
+def _joined(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
 
 
 def _sentence(text: str) -> str:

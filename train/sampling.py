@@ -11,6 +11,7 @@ All groups are alike, so processes and accumulation take equally large shares wi
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,14 +20,17 @@ from typing import Literal
 
 import numpy as np
 
+from analysis.plain_text import PASSAGES
+from analysis.plain_text import QUESTIONS as TEXT_QUESTIONS
 from data.clips import Clip, Clips, DataError, Grid
 from data.questions import MODALITIES, NOTHING, QUESTIONS, Modality, answer
-from train.config import Config
+from train.config import PLAIN_TEXT, Config
 from train.plan import Plan
 
 STREAMS: tuple[Literal["hear", "see"], ...] = ("hear", "see")
 Taken = Literal["muted", "blanked", "no sound", "no picture"]
 TAKEN: tuple[Taken, ...] = ("muted", "blanked", "no sound", "no picture")
+MEASURED_RUN = 8
 NOISE = frozenset({"near_silence", "near_black"})  # renderings that are faint noise
 
 
@@ -81,10 +85,12 @@ def training_clips(clips: Clips, train_on: str) -> list[Clip]:
 
 
 def sample_step(clips: Clips, config: Config, plan: Plan, step: int) -> list[Group]:
-    """The groups of one step, the same for every process. Grids are drawn by the mean weight of their two sounds' classes (plan.class_weights)."""
+    """The groups of one step, the same for every process. Grids are drawn by the mean weight (plan.class_weights) of the classes of their two sounds,
+    or of their two pictures where see-questions lead.
+    """
     rng = np.random.default_rng([config.run.seed, step])
     size, conditions = config.schedule.grids, plan.conditions.value
-    texts = _texts(config, rng, size)
+    texts = _texts(config, rng, size) if "text_retention" in plan.weights() else [()] * size
     return [
         Group(tuple(_asks(clips, cells, grid, config, conditions, rng, step * size + number)), texts[number])
         for number, (cells, grid) in enumerate(_cells(clips, config, plan, rng))
@@ -100,7 +106,8 @@ def _cells(clips: Clips, config: Config, plan: Plan, rng: np.random.Generator) -
         return [([factual[i] for i in chosen[at : at + 4]], False) for at in range(0, len(chosen), 4)]
     grids: list[Grid] = dosed([g for g in clips.grids if g.split == "train"], config.data.dose, seed)
     weight = plan.class_weights.value
-    share_of = np.array([weight.get(by_id[g.oo].heard, 1.0) + weight.get(by_id[g.xx].heard, 1.0) for g in grids])
+    phrase = "heard" if plan.leads.value == "hear" else "seen"
+    share_of = np.array([sum(weight.get(getattr(by_id[cell], phrase), 1.0) for cell in (g.oo, g.xx)) for g in grids])
     count = {"grids": 1, "one_swap": 2, "shuffled": 4}[config.data.train_on] * size
     drawn = [grids[i] for i in rng.choice(len(grids), size=count, replace=len(grids) < count, p=share_of / share_of.sum())]
     if config.data.train_on == "grids":
@@ -167,23 +174,35 @@ def dosed(items: list, dose: float, seed: int) -> list:
 
 
 def _texts(config: Config, rng: np.random.Generator, size: int) -> list[tuple[str, ...]]:
-    """A passage of plain text for each group, where that term is on."""
-    if not config.loss.text_retention or config.data.text is None:
-        return [()] * size
-    found = passages(config.data.text)
+    """A passage of plain text for each group."""
+    found = passages(config.data.text or str(PLAIN_TEXT))
     return [(found[rng.integers(len(found))],) for _ in range(size)]
 
 
 @lru_cache(maxsize=4)
 def passages(path: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises DataError where it cannot be read or has none."""
+    """The lines of a text file that are not empty. Raises DataError where it cannot be read, has none, or has text that diagnoses measure plain text
+    on (MEASURED_RUN words in a row).
+    """
     try:
         found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text ({error}). Name a text file, a passage a line, with data.text.") from None
     if not found:
         raise DataError(f"{path} has no text. Put a passage on each line.")
+    measured = {run for text in (*(p.text for p in PASSAGES), *(q.text for q in TEXT_QUESTIONS)) for run in _runs(text)}
+    if wrong := [line for line in found if measured & _runs(line)]:
+        raise DataError(
+            f"{path} has text that plain text is measured on (analysis/plain_text.py), so what training costs would not be seen. "
+            f"Take it out: {wrong[0][:80]!r}, {len(wrong)} lines in all."
+        )
     return found
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of MEASURED_RUN words; the whole of a text with fewer."""
+    words = re.findall(r"\w+", text.casefold())
+    return {tuple(words[at : at + MEASURED_RUN]) for at in range(max(1, len(words) - MEASURED_RUN + 1))}
 
 
 def share(groups: Sequence[Group], rank: int, world: int, part: int, parts: int) -> list[Group]:
