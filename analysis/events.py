@@ -1,15 +1,18 @@
-"""What an answer names: known label phrases found in free text, and the verdict of an answer about a clip.
+"""What an answer names, and the verdict of an answer about a clip.
 
-    phrases = phrases_of(clips.labels(), "hear")            # {"dog": "a dog barking", …}
-    named("I hear dogs that bark.", phrases)                # {"dog"}
-    verdict("I hear a dog barking.", clip, "hear", phrases) # "audio" | "vision" | "both" | "neither" | "nothing" | "unparsed"
-    abstains("There is no sound, I see a dog.", "hear")     # True
+    reader = Reader(clips.labels())                                # phrases of all classes and their synonyms
+    reader.names("I hear a puppy bark.", "hear")                   # {frozenset({"dog"})}
+    verdict("I hear a dog barking.", clip, "hear", reader)         # "audio" | "vision" | "both" | "neither" | "nothing" | "unparsed"
+    abstains("There is no sound, I see a dog.", "hear")            # True
 
-Text and phrases are brought to the same form: lower case, no punctuation, no articles and function words, word stems ("barks", "barking"
-and "barked" are one). Then phrases are looked for inside clauses, longest first, and what one phrase has used no shorter one can use: "a
-rider on a galloping horse" is not also "a horse", "a fire truck" not also "a truck". Word order as in the phrase goes first; after that,
-any order with at most two other words in between ("the barking of a dog", "a dog is loudly barking"). A clause that says no / not / never /
-without before the phrase names nothing. No model and no network is involved; the judges that read free captions build on this.
+Words, stems, negation and how phrases are found in them: analysis/wording.py. No model and no network is involved. The `labels` judge of free
+captions (analysis/judges.py) reads by the same `Reader`.
+
+Which side a clause of the answer speaks about: an explicit word says so ("I see", "visible", "I hear", "the sound of", "Audio:"), else the clause
+before it in the same sentence, else the question. What is unsaid after a both-question is read by its words: sound phrases ("a dog barking") claim a
+sound, and are also credited as seen if that is true; other phrases ("a dog") claim a sight. Asked what it hears, "I hear a dog" names the dog's sound.
+
+A wording may stand at several classes ("a plane" for both kinds of plane): then it is right for each and names none of the others.
 
 An answer that names no known event may say that there is nothing to hear (to see): "nothing", "no sound", "I can't hear anything", "it is silent",
 "a black screen". Of the clauses only those about the stream asked about count: a clause is about what its own words say ("I see", "audible"), else
@@ -21,121 +24,82 @@ event ("no dog barking") is not nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
+from analysis.synonyms import SYNONYMS, Synonyms
+from analysis.wording import CLAUSE, HEARING, NEGATIONS, SEEING, Stems, Wordings, content_stems, event_words, named, phrases_of, stem
 from data.clips import Clip
 from data.questions import Modality
 
+__all__ = [  # also what is found in text, so that whoever reads answers needs one module
+    "VERDICTS", "Claims", "Reader", "Verdict", "abstains", "content_stems", "event_words", "follows", "is_correct", "named", "phrases_of", "stem",
+    "verdict",
+]  # fmt: skip
+
 Verdict = Literal["audio", "vision", "both", "neither", "nothing", "unparsed"]
 VERDICTS: tuple[Verdict, ...] = ("audio", "vision", "both", "neither", "nothing", "unparsed")
-
-GAP = 2  # words that may stand between the words of a phrase in the second, looser pass
-FUNCTION_WORDS = frozenset({
-    "a", "an", "the", "this", "that", "these", "those", "some", "i", "it", "its", "there", "here", "he", "she", "they", "we", "you", "my",
-    "your", "his", "her", "their", "is", "are", "am", "was", "were", "be", "been", "being", "has", "have", "had", "do", "does", "did", "can",
-    "could", "may", "might", "must", "seems", "seem", "of", "on", "in", "at", "to", "from", "with", "by", "as", "into", "onto", "upon", "which",
-    "who", "what", "while",
-})  # fmt: skip
-NEGATIONS = frozenset({"no", "not", "never", "without", "nothing", "neither", "nor", "cannot", "cant"})
-IRREGULAR = {
-    "hooves": "hoof", "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "geese": "goose",
-    "mice": "mouse", "wolves": "wolf", "leaves": "leaf", "rang": "ring", "rung": "ring", "sang": "sing", "sung": "sing", "blew": "blow",
-    "blown": "blow", "broke": "break", "broken": "break", "fell": "fall", "fallen": "fall", "ran": "run", "took": "take", "taken": "take",
-    "flew": "fly", "flown": "fly", "crew": "crow", "spoke": "speak", "spoken": "speak", "wept": "weep",
-}  # fmt: skip
-CLAUSE = re.compile(r"[.,;:!?()\[\]\"“”\n—–]|\s-\s|\b(?:and|but|or|then|plus)\b")
+Side = Literal["audio", "video"]
+SIDES: tuple[Side, ...] = get_args(Side)
+Labels = Mapping[str, Sequence[str]]  # class -> (seen, heard)
 
 
-@lru_cache(maxsize=100_000)
-def stem(word: str) -> str:
-    """A crude common form of a lower-case English word: plural and verb endings off. Not a dictionary form; only equal stems matter."""
-    word = IRREGULAR.get(word, word)
-    if len(word) > 4 and word.endswith(("ies", "ied")):
-        return word[:-3] + "y"
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        word = word[:-2] if word.endswith(("ses", "xes", "zes", "ches", "shes")) else word[:-1]
-    for ending in ("ing", "ed"):
-        rest = word.removesuffix(ending)
-        if rest != word and len(rest) >= 3 and re.search("[aeiouy]", rest) and not (ending == "ed" and rest.endswith("e")):
-            word = rest
-            break
-    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "aeiou":
-        word = word[:-1]
-    return word[:-1] if len(word) > 3 and word.endswith("e") else word
+def asked(modality: str) -> tuple[Side, ...]:
+    """The sides that a question asks for."""
+    return {"see": ("video",), "hear": ("audio",), "both": SIDES}[modality]  # type: ignore[return-value]
 
 
-def clauses(text: str) -> list[list[str]]:
-    """Content words of each clause, as stems, negations kept."""
-    text = re.sub(r"n['’]t\b", " not", text.lower())
-    text = re.sub(r"['’]s\b", "", text)
-    parts = (re.findall(r"[^\W_]+", part) for part in CLAUSE.split(text))
-    return [[stem(w) for w in words if w not in FUNCTION_WORDS] for words in parts if words]
+# ---------------------------------------------------------------- clauses and their sides
+
+PASSIVE = frozenset({"seen", "visible", "heard", "audible"})  # "a dog can be seen, a cat meows": these do not speak for the next clause
+NOTHING = re.compile(r"\b(nothing|silence|silent|no sounds?|no audio|soundless|inaudible)\b")
+_JOINED = re.compile(
+    r"\b(see|sees|seen|visible)\s+(?:and|or)\s+(hear|hears|heard|audible)\b|\b(hear|hears|heard|audible)\s+(?:and|or)\s+(see|sees|seen|visible)\b"
+)
+LEAD = re.compile(
+    r"^\W*(?:(?:in|on) the (?:video|clip|picture|background)\W+)?(?:(?:i|we|you) )?(?:(?:can|could) )?(?:(?:see|hear)s? )?(?:the sounds? of )?"
+)
+DENIED_VERB = re.compile(r"\b(?:is|are|was|were|do|does|did)(?:\s+not\b|n['’]t\b)|\bnever\b")
+DENIAL = re.compile(rf"\b(?:{'|'.join(sorted(NEGATIONS))})\b|n['’]t\b")
 
 
-@lru_cache(maxsize=10_000)
-def content_stems(phrase: str) -> tuple[str, ...]:
-    """The stems a phrase is looked for by, in order."""
-    return tuple(word for part in clauses(phrase) for word in part)
+class Clause(NamedTuple):
+    """A clause of an answer in lower case and the sides it speaks about (none: nothing says which). `denied`: it says that something is not."""
+
+    text: str
+    sides: frozenset[Side]
+    denied: bool
+    inherited: bool  # the sides are those of a clause before it
+    unsaid: bool = False  # the sides are those of the question
 
 
-def event_words(phrase: str) -> list[str]:
-    """The words of a phrase that carry its meaning, as written: "waves breaking on a shore" -> waves, breaking, shore."""
-    return [w for w in re.findall(r"[^\W_]+", phrase) if w.lower() not in FUNCTION_WORDS]
+def clauses(answer: str, modality: str) -> list[Clause]:
+    """An answer in clauses, each with its sides (see the module docstring)."""
+    answer = re.sub(r"\b(i|we)\s+saw\b", r"\1 see", answer.lower())
+    answer = re.sub(r"\b(video|vision)\s*:", "visual:", answer)
+    answer = _JOINED.sub("seehear", answer)
+    default: frozenset[Side] = frozenset(asked(modality)) if modality != "both" else frozenset()
+    sides, denied, carried, out, start, before = default, False, False, list[Clause](), 0, ""
+    for at in (*CLAUSE.finditer(answer), None):
+        text = answer[start : at.start() if at else len(answer)]
+        if words := re.findall(r"[^\W_]+", text):
+            if re.search(r"[.!?\n。।]", before) and ":" not in before:
+                sides, carried = default, False
+            mark = next((w for w in words if w in SEEING or w in HEARING or w == "seehear"), None)
+            own: frozenset[Side] = sides if mark is None else _sides_of(mark)
+            if mark not in PASSIVE:
+                sides = own
+            denied = bool(DENIAL.search(text)) or (denied and before.split()[-1:] == ["or"])  # "no dog or cat" denies the cat too
+            out.append(Clause(" ".join(text.replace("seehear", "").split()), own, denied, carried and mark is None, not carried and mark is None))
+            carried = carried or (mark is not None and mark not in PASSIVE)
+            before = ""
+        if at:
+            start, before = at.end(), f"{before} {at.group()}"
+    return out
 
 
-def phrases_of(labels: Mapping[str, tuple[str, str]], modality: Modality) -> dict[str, str]:
-    """Class -> the phrase that answers a question of this modality: the heard one on hear-questions, the seen one on see-questions."""
-    return {name: heard if modality == "hear" else seen for name, (seen, heard) in labels.items()}
-
-
-def named(answer: str, phrases: Mapping[str, str]) -> set[str]:
-    """The classes whose phrase the answer contains (see the module docstring for what counts). Empty where it names none."""
-    wanted: dict[tuple[str, ...], set[str]] = {}
-    for name, phrase in phrases.items():
-        wanted.setdefault(content_stems(phrase), set()).add(name)
-    order = sorted((p for p in wanted if p), key=lambda p: (-len(p), p))
-    found: set[str] = set()
-    for words in clauses(answer):
-        free: list[str | None] = list(words)
-        for strict in (True, False):
-            for wording in order:
-                for at in _places(free, wording, strict):
-                    if not any(w in NEGATIONS for w in words[: at[-1]]):
-                        found |= wanted[wording]
-                    for i in at:
-                        free[i] = None
-    return found
-
-
-def _places(words: list[str | None], phrase: tuple[str, ...], strict: bool) -> Iterable[list[int]]:
-    """Index lists where the phrase stands among words not yet used, left to right and not overlapping."""
-    start = 0
-    while start < len(words):
-        at = _match(words, phrase, start, strict)
-        if at is None:
-            start += 1
-        else:
-            yield at
-            start = max(at) + 1
-
-
-def _match(words: list[str | None], phrase: tuple[str, ...], start: int, strict: bool) -> list[int] | None:
-    """Whether the phrase starts at `start`: word for word, or (loose) in any order within GAP extra words and no used word in between."""
-    if strict:
-        return list(range(start, start + len(phrase))) if tuple(words[start : start + len(phrase)]) == phrase else None
-    left, at = list(phrase), []
-    for i in range(start, min(len(words), start + len(phrase) + GAP)):
-        word = words[i]
-        if word is None or (i == start and word not in left):
-            return None
-        if word in left:
-            left.remove(word)
-            at.append(i)
-        if not left:
-            return at
-    return None
+def _sides_of(mark: str) -> frozenset[Side]:
+    return frozenset(SIDES) if mark == "seehear" else frozenset({"audio"}) if mark in HEARING else frozenset({"video"})
 
 
 # ---------------------------------------------------------------- that there is nothing
@@ -212,11 +176,121 @@ def abstains(answer: str, modality: Modality) -> bool:
     return denied and not _ONLY_AT_FIRST.search(text)
 
 
+# ---------------------------------------------------------------- what is claimed
+
+
+class Claims:
+    """What an answer says is there, per side: sets of classes that a wording may mean.
+
+    `truth`: the class of each side's event, as a set; empty where there is none, or where nobody knows.
+    """
+
+    def __init__(self, truth: Mapping[Side, frozenset[str]]):
+        self.truth = truth
+        self.said: dict[Side, set[frozenset[str]]] = {"audio": set(), "video": set()}
+        self.surely_heard: set[frozenset[str]] = set()  # by a sound phrase, or because the answer says that it is heard
+        self.sounds = False  # whether a sound phrase is among what is heard
+
+    def add(self, sides: frozenset[Side], classes: frozenset[str], sound: bool, sounds: bool, unsaid: bool = False) -> None:
+        """One wording in a clause about `sides`. `sound`: it is a sound phrase; `sounds`: some wording of the clause is; `unsaid`: only the question
+        says that it is about these sides.
+        """
+        # "I hear a dog" claims the dog's sound; "I hear a dog barking at a car" does not claim the car's
+        hears = (sound or not sounds) if "audio" in sides else (sound and not sides)
+        sees = sides == {"video"} or (sides != {"audio"} and (not sound or bool(classes & self.truth["video"])))
+        if hears:
+            self.said["audio"].add(classes)
+            self.sounds |= sound
+            if sound or not unsaid:
+                self.surely_heard.add(classes)
+        if sees:
+            self.said["video"].add(classes)
+
+    def exact(self, side: Side) -> list[frozenset[str]]:
+        """What is said on a side, each event once: "a jet plane, an airplane" is one."""
+        return _exact(self.said[side])
+
+
+def _exact(said: set[frozenset[str]]) -> list[frozenset[str]]:
+    return [c for c in said if not any(other < c for other in said)]
+
+
+class Reader:
+    """Reads answers for the events of `labels` (class -> its seen and its heard phrase) and their synonyms; knows no other event.
+
+    `synonyms`: class -> (words for what is seen, words for what is heard). None: those of analysis/synonyms.py, for classes that are named as there.
+    """
+
+    def __init__(self, labels: Labels, synonyms: Synonyms | None = None):
+        synonyms = SYNONYMS if synonyms is None else synonyms
+        self.labels = labels
+        self.classes: dict[Stems, frozenset[str]] = {}
+        self.sounds: set[Stems] = set()
+        phrases = []
+        for name, (seen, heard) in labels.items():
+            things, noises = synonyms.get(name) or synonyms.get(name.replace(" ", "_"), ((), ()))
+            for phrase in (seen, heard, *things, *noises):
+                stems = content_stems(phrase)
+                self.classes[stems] = self.classes.get(stems, frozenset()) | {name}
+                phrases.append(phrase)
+            self.sounds |= {content_stems(phrase) for phrase in (heard, *noises)}
+        self._wordings = Wordings(phrases)
+        self._own: dict[str, dict[str, str]] = {m: phrases_of(labels, m) for m in ("hear", "see")}  # type: ignore[misc, arg-type]
+        self._own_wordings = {modality: Wordings(own.values()) for modality, own in self._own.items()}
+        self._found: dict[str, set[Stems]] = {}
+        self._names: dict[tuple[str, Modality], set[frozenset[str]]] = {}
+
+    def claims(self, answer: str, modality: str, truth: Mapping[Side, frozenset[str]] | None = None) -> tuple[Claims, bool]:
+        """What the answer claims, and whether it could be read: it names or denies a known event, or says that there is nothing."""
+        claims = Claims(truth or dict.fromkeys(SIDES, frozenset()))
+        readable = bool(NOTHING.search(answer.lower()))
+        for clause in clauses(self._wordings.marked(answer), modality):
+            if clause.denied:
+                readable |= bool(self._in(DENIAL.sub(" ", clause.text)))
+            whole = clause.denied and (DENIED_VERB.search(clause.text) or not DENIAL.search(clause.text))  # "a dog is not barking" denies the dog
+            found = self._in(f"no {clause.text}" if whole else clause.text)
+            readable |= bool(found)
+            sounds = bool(found & self.sounds)
+            for stems in found:
+                # "I see a dog and a cat is meowing": a sound phrase is not about the sight before it
+                sides = frozenset[Side]() if clause.inherited and clause.sides == {"video"} and stems in self.sounds else clause.sides
+                claims.add(sides, self.classes[stems], stems in self.sounds, sounds, clause.unsaid)
+        return claims, readable
+
+    def _in(self, clause: str) -> set[Stems]:
+        if clause not in self._found:  # the same clause comes again and again, under every cut
+            self._found[clause] = self._wordings.found(clause)
+        return self._found[clause]
+
+    def names(self, answer: str, modality: Modality) -> set[frozenset[str]]:
+        """What an answer to a hear- or see-question names on the side asked about, each event as the set of classes that its wording may mean.
+
+        An answer that says nothing about that side names what the phrase of this question names wherever it stands ("The video shows a dog barking",
+        asked what is heard). Asked what is heard, things that nobody says are heard ("A dog sits there. I hear a bell.") count only where nothing else is
+        said to be heard, and not where the answer says that there is nothing to hear ("No sound. A dog sits there.").
+        """
+        key = (answer, modality)
+        if key not in self._names:
+            claims, _ = self.claims(answer, modality)
+            names = set(claims.exact("video"))
+            if modality == "hear":
+                nothing = not claims.sounds and abstains(answer, "hear")
+                names = set() if nothing else set(_exact(claims.surely_heard or claims.said["audio"]))
+            if not names:
+                own = self._own_wordings[modality]
+                found = own.found(own.marked(answer))
+                names = {frozenset({name}) for name, phrase in self._own[modality].items() if content_stems(phrase) in found}
+            self._names[key] = names
+        return self._names[key]
+
+
 # ---------------------------------------------------------------- verdicts
 
 
-def verdict(answer: str, clip: Clip, modality: Modality, phrases: Mapping[str, str], video: bool = True, audio: bool = True) -> Verdict:
-    """What an answer about a clip follows; `phrases` are those of the question's modality (`phrases_of`).
+def verdict(
+    answer: str, clip: Clip, modality: Modality, phrases: Reader | Mapping[str, str], video: bool = True, audio: bool = True
+) -> Verdict:
+    """What an answer about a clip follows; `phrases`: a reader, or one phrase a class (`phrases_of`), without synonyms.
 
     audio: it names the sound's class and not the picture's; vision: the reverse; both; neither: other known classes only; nothing: it names no known
     class and says that there is nothing to hear (on see-questions: to see); unparsed: neither of these.
@@ -225,12 +299,13 @@ def verdict(answer: str, clip: Clip, modality: Modality, phrases: Mapping[str, s
     return follows(answer, clip.video_label if video else "", clip.audio_label if audio else "", modality, phrases)
 
 
-def follows(answer: str, video_label: str, audio_label: str, modality: Modality, phrases: Mapping[str, str]) -> Verdict:
+def follows(answer: str, video_label: str, audio_label: str, modality: Modality, phrases: Reader | Mapping[str, str]) -> Verdict:
     """`verdict` from the two classes alone; "" is a stream that was not given or has nothing in it."""
-    names = named(answer, phrases)
+    reader = phrases if isinstance(phrases, Reader) else Reader({name: (phrase, phrase) for name, phrase in phrases.items()}, {})
+    names = reader.names(answer, modality)
     if not names:
         return "nothing" if abstains(answer, modality) else "unparsed"
-    heard, seen = audio_label in names, video_label in names
+    heard, seen = (any(label in classes for classes in names) for label in (audio_label, video_label))
     if heard and seen:
         return "both" if audio_label != video_label else "audio"
     return "audio" if heard else "vision" if seen else "neither"

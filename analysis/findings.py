@@ -131,7 +131,8 @@ class CutEffect:
     """One cut (site, layers [start, stop)) on one condition and question, against the uncut model on the same clips.
 
     `delta_logprob`: change of the length-normalised log-likelihood of the designated label; `delta_margin`: of its margin over the other
-    stream's label (counterfactual clips only). `audio`, `vision`: following rates under the cut (greedy answers), None where only scored.
+    stream's label (counterfactual clips only). `audio`, `vision`: following rates under the cut (greedy answers), None where only scored; `unparsed`,
+    `cut_off`: shares of the same answers that name nothing known, and that ended at the token limit.
     """
 
     site: str
@@ -144,6 +145,8 @@ class CutEffect:
     delta_margin: Effect | None
     audio: Estimate | None
     vision: Estimate | None
+    unparsed: Estimate | None = None
+    cut_off: Estimate | None = None
 
 
 @dataclass
@@ -279,6 +282,9 @@ class Caption:
     video_source: str
     audio_source: str
     scores: list[CaptionScore]
+    cut_off: bool = False  # the answer ended at the token limit
+    video_label: str = ""  # the classes of `seen` and `heard`, which may be phrases of this clip's own; "" also where nobody said
+    audio_label: str = ""
 
 
 @dataclass
@@ -295,6 +301,7 @@ class CaptionFidelity:
     invented: Estimate
     audio_change: Effect | None = None  # under a cut: against the same clips' captions without it, where both could be read
     video_change: Effect | None = None
+    cut_off: Estimate = field(default_factory=uncounted)  # ended at the token limit
 
 
 @dataclass
@@ -352,6 +359,8 @@ class Findings:
     shift: list[Shift] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     labels: dict[str, list[str]] = field(default_factory=dict)  # class -> [seen, heard]: every event that a judge knows
+    # class -> [other words for what is seen, for what is heard] that answers were read by; empty: those of analysis/synonyms.py
+    synonyms: dict[str, list[list[str]]] = field(default_factory=dict)
     captions: list[Caption] = field(default_factory=list)
     fidelity: list[CaptionFidelity] = field(default_factory=list)
     language: Language | None = None

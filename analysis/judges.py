@@ -12,9 +12,7 @@ scores, so that judges differ in what they read and in nothing else:
 See-questions have a video side, hear-questions an audio side, both-questions both. A side that is not asked for, or on which the clip has no event,
 has no score. A reply that a judge cannot read is unparsed; it never counts as 0.
 
-Which side a clause of the answer speaks about: an explicit word says so ("I see", "visible", "I hear", "the sound of", "Audio:"), else the clause
-before it in the same sentence, else the question. What is unsaid after a both-question is read by its words: sound phrases ("a dog barking") claim a
-sound, and are also credited as seen if that is true; other phrases ("a dog") claim a sight.
+Which side a clause of the answer speaks about, and what it claims there: analysis/events.py.
 """
 
 from __future__ import annotations
@@ -25,24 +23,22 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from analysis.events import CLAUSE, NEGATIONS, content_stems, named
+from analysis.events import LEAD, NOTHING, SIDES, Claims, Clause, Labels, Reader, Side, asked, clauses
 from analysis.findings import Caption, CaptionScore
 from analysis.judge_cache import Reply, ReplyCache, request_key
-from analysis.synonyms import SYNONYMS
+from analysis.synonyms import Synonyms
+from analysis.wording import content_stems
 
 if TYPE_CHECKING:  # both take seconds to import, and only one judge needs each
     import torch
     from openai import OpenAI
 
 JudgeName = Literal["labels", "embedding", "llm"]
-Side = Literal["audio", "video"]
-SIDES: tuple[Side, ...] = get_args(Side)
-Labels = Mapping[str, Sequence[str]]  # class -> (seen, heard)
 
 
 class JudgeError(RuntimeError):
@@ -71,9 +67,23 @@ class Reading(NamedTuple):
     invented_video: int
 
 
-def asked(modality: str) -> tuple[Side, ...]:
-    """The sides that a question asks for."""
-    return {"see": ("video",), "hear": ("audio",), "both": SIDES}[modality]  # type: ignore[return-value]
+def truth(caption: Caption, reader: Reader) -> dict[Side, frozenset[str]]:
+    """The class of each side's event, by its label, for clips have phrases of their own; without a label that of its phrase, or what that may mean."""
+
+    def of(phrase: str, label: str, sound: bool) -> frozenset[str]:
+        if not phrase or label:
+            return frozenset({label} if phrase else ())
+        known = frozenset(name for name, phrases in reader.labels.items() if phrases[sound] == phrase)
+        return known or reader.classes.get(content_stems(phrase), frozenset())
+
+    return {"audio": of(caption.heard, caption.audio_label, True), "video": of(caption.seen, caption.video_label, False)}
+
+
+def reading(claims: Claims) -> Reading:
+    """Counted: each true event once, each other event once however often and in however many words it is said."""
+    hit = {side: float(any(c & claims.truth[side] for c in claims.said[side])) for side in SIDES}
+    invented = {side: sum(not c & claims.truth[side] for c in claims.exact(side)) for side in SIDES}
+    return Reading(hit["audio"], hit["video"], invented["audio"], invented["video"])
 
 
 def score(judge: str, caption: Caption, reading: Reading | None) -> CaptionScore:
@@ -87,119 +97,19 @@ def score(judge: str, caption: Caption, reading: Reading | None) -> CaptionScore
     return CaptionScore(judge, audio, video, invented, True)
 
 
-# ---------------------------------------------------------------- clauses and their sides
-
-SEEING = frozenset({"see", "sees", "seen", "seeing", "visible", "visual", "visually", "picture", "image", "view", "watch", "watching", "looks",
-    "shows", "shown", "depicts", "footage",
-})  # fmt: skip
-HEARING = frozenset({
-    "hear", "hears", "heard", "hearing", "sound", "sounds", "audible", "audio", "audibly", "noise", "noises", "listen", "listening", "soundtrack",
-})  # fmt: skip
-PASSIVE = frozenset({"seen", "visible", "heard", "audible"})  # "a dog can be seen, a cat meows": these do not speak for the next clause
-NOTHING = re.compile(r"\b(nothing|silence|silent|no sounds?|no audio|soundless|inaudible)\b")
-_JOINED = re.compile(
-    r"\b(see|sees|seen|visible)\s+(?:and|or)\s+(hear|hears|heard|audible)\b|\b(hear|hears|heard|audible)\s+(?:and|or)\s+(see|sees|seen|visible)\b"
-)
-_LEAD = re.compile(
-    r"^\W*(?:(?:in|on) the (?:video|clip|picture|background)\W+)?(?:(?:i|we|you) )?(?:(?:can|could) )?(?:(?:see|hear)s? )?(?:the sounds? of )?"
-)
-_DENIED_VERB = re.compile(r"\b(?:is|are|was|were|do|does|did)(?:\s+not\b|n['’]t\b)|\bnever\b")
-_DENIAL = re.compile(rf"\b(?:{'|'.join(sorted(NEGATIONS))})\b|n['’]t\b")
-
-
-class Clause(NamedTuple):
-    """A clause of an answer in lower case and the sides it speaks about (none: nothing says which). `denied`: it says that something is not."""
-
-    text: str
-    sides: frozenset[Side]
-    denied: bool
-    inherited: bool  # the sides are those of a clause before it
-
-
-def clauses(answer: str, modality: str) -> list[Clause]:
-    """An answer in clauses, each with its sides (see the module docstring)."""
-    answer = re.sub(r"\b(i|we)\s+saw\b", r"\1 see", answer.lower())
-    answer = re.sub(r"\b(video|vision)\s*:", "visual:", answer)
-    answer = _JOINED.sub("seehear", answer)
-    default: frozenset[Side] = frozenset(asked(modality)) if modality != "both" else frozenset()
-    sides, denied, carried, out, start, before = default, False, False, list[Clause](), 0, ""
-    for at in (*CLAUSE.finditer(answer), None):
-        text = answer[start : at.start() if at else len(answer)]
-        if words := re.findall(r"[^\W_]+", text):
-            if re.search(r"[.!?\n]", before) and ":" not in before:
-                sides, carried = default, False
-            mark = next((w for w in words if w in SEEING or w in HEARING or w == "seehear"), None)
-            own: frozenset[Side] = sides if mark is None else _sides_of(mark)
-            if mark not in PASSIVE:
-                sides = own
-            denied = bool(_DENIAL.search(text)) or (denied and before.split()[-1:] == ["or"])  # "no dog or cat" denies the cat too
-            out.append(Clause(" ".join(text.replace("seehear", "").split()), own, denied, carried and mark is None))
-            carried = carried or (mark is not None and mark not in PASSIVE)
-            before = ""
-        if at:
-            start, before = at.end(), f"{before} {at.group()}"
-    return out
-
-
-def _sides_of(mark: str) -> frozenset[Side]:
-    return frozenset(SIDES) if mark == "seehear" else frozenset({"audio"}) if mark in HEARING else frozenset({"video"})
-
-
-class _Claims:
-    """What an answer says is there, per side: sets of classes that a wording may mean."""
-
-    def __init__(self, caption: Caption, labels: Labels):
-        self.truth: dict[Side, frozenset[str]] = {
-            "audio": frozenset(name for name, (_, heard) in labels.items() if caption.heard and heard == caption.heard),
-            "video": frozenset(name for name, (seen, _) in labels.items() if caption.seen and seen == caption.seen),
-        }
-        self.said: dict[Side, set[frozenset[str]]] = {"audio": set(), "video": set()}
-
-    def add(self, sides: frozenset[Side], classes: frozenset[str], sound: bool, sounds: bool) -> None:
-        """One wording in a clause about `sides`. `sound`: it is a sound phrase; `sounds`: some wording of the clause is."""
-        # "I hear a dog" claims the dog's sound; "I hear a dog barking at a car" does not claim the car's
-        hears = (sound or not sounds) if "audio" in sides else (sound and not sides)
-        sees = sides == {"video"} or (sides != {"audio"} and (not sound or bool(classes & self.truth["video"])))
-        if hears:
-            self.said["audio"].add(classes)
-        if sees:
-            self.said["video"].add(classes)
-
-    def reading(self) -> Reading:
-        """Counted: each true event once, each other event once however often and in however many words it is said."""
-        hit, invented = {}, {}
-        for side, said in self.said.items():
-            exact = [c for c in said if not any(other < c for other in said)]
-            hit[side] = float(any(c & self.truth[side] for c in said))
-            invented[side] = sum(not c & self.truth[side] for c in exact)
-        return Reading(hit["audio"], hit["video"], invented["audio"], invented["video"])
-
-
 # ---------------------------------------------------------------- labels
 
 
 class LabelsJudge:
-    """Event matching against the known labels (analysis.events.named), with synonyms, stems and negation. Knows no event outside `labels`.
+    """Event matching against the known labels and their synonyms (analysis.events.Reader). Knows no event outside `labels`.
 
     A reply that neither names nor denies a known event, and does not say that there is nothing, is unparsed.
     """
 
     name = "labels"
 
-    def __init__(self, labels: Labels):
-        self.labels = labels
-        self._classes: dict[tuple[str, ...], frozenset[str]] = {}
-        sounds, wordings = set(), {}
-        for name, (seen, heard) in labels.items():
-            things, noises = SYNONYMS.get(name.replace(" ", "_"), ((), ()))
-            for wording in (seen, heard, *things, *noises):
-                stems = content_stems(wording)
-                self._classes[stems] = self._classes.get(stems, frozenset()) | {name}
-                wordings[stems] = wording
-            sounds |= {content_stems(wording) for wording in (heard, *noises)}
-        self._wordings = {wording: wording for wording in wordings.values()}
-        self._sounds = frozenset(sounds)
-        self._read: dict[str, set[tuple[str, ...]]] = {}
+    def __init__(self, labels: Labels, synonyms: Synonyms | None = None):
+        self.reader = Reader(labels, synonyms)
 
     def judge(self, captions: Sequence[Caption]) -> list[CaptionScore]:
         """One score a caption."""
@@ -207,24 +117,8 @@ class LabelsJudge:
 
     def read(self, caption: Caption) -> Reading | None:
         """What the caption claims; None where no known event is named or denied and nothing says that there is nothing."""
-        claims, readable = _Claims(caption, self.labels), bool(NOTHING.search(caption.answer.lower()))
-        for clause in clauses(caption.answer, caption.modality):
-            if clause.denied:
-                readable |= bool(self._named(_DENIAL.sub(" ", clause.text)))
-            whole = clause.denied and (_DENIED_VERB.search(clause.text) or not _DENIAL.search(clause.text))  # "a dog is not barking" denies the dog
-            found = self._named(f"no {clause.text}" if whole else clause.text)
-            readable |= bool(found)
-            sounds = bool(found & self._sounds)
-            for stems in found:
-                # "I see a dog and a cat is meowing": a sound phrase is not about the sight before it
-                sides = frozenset[Side]() if clause.inherited and clause.sides == {"video"} and stems in self._sounds else clause.sides
-                claims.add(sides, self._classes[stems], stems in self._sounds, sounds)
-        return claims.reading() if readable else None
-
-    def _named(self, clause: str) -> set[tuple[str, ...]]:
-        if clause not in self._read:  # the same clause comes again and again, under every cut
-            self._read[clause] = {content_stems(wording) for wording in named(clause, self._wordings)}
-        return self._read[clause]
+        claims, readable = self.reader.claims(caption.answer, caption.modality, truth(caption, self.reader))
+        return reading(claims) if readable else None
 
 
 # ---------------------------------------------------------------- embedding
@@ -255,8 +149,7 @@ class EmbeddingJudge:
             raise JudgeError(f"{model} cannot be loaded as an embedding model: {str(error).splitlines()[0]}") from None
         self.name = f"embedding:{Path(model).name}" + ("" if threshold == THRESHOLD else f"@{threshold:g}")
         self.labels, self.threshold, self.batch = labels, threshold, batch
-        self._phrases = [(name, sound) for name in labels for sound in (False, True)]  # the seen phrase, then the heard one
-        self._vectors = self.embed([labels[name][sound] for name, sound in self._phrases])
+        self._reader = Reader(labels, {})
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors, (n, width): mean of the last token states over the text's own tokens."""
@@ -272,26 +165,30 @@ class EmbeddingJudge:
         return torch.cat(out)
 
     def judge(self, captions: Sequence[Caption]) -> list[CaptionScore]:
-        """One score a caption."""
-        spoken = [[(clause, _LEAD.sub("", clause.text)) for clause in clauses(c.answer, c.modality)] for c in captions]
+        """One score a caption. Phrases are those of the labels and those that the clips of these captions have of their own."""
+        phrases = {(name, bool(sound), self.labels[name][sound]): None for name in self.labels for sound in (0, 1)}
+        for c in captions:
+            own = ((c.video_label, False, c.seen), (c.audio_label, True, c.heard))
+            phrases |= {(name, sound, phrase): None for name, sound, phrase in own if name and phrase}
+        known, vectors = list(phrases), self.embed([phrase for *_, phrase in phrases])
+        spoken = [[(clause, LEAD.sub("", clause.text)) for clause in clauses(c.answer, c.modality)] for c in captions]
         texts = list(dict.fromkeys(text for parts in spoken for _, text in parts if text))
-        nearest: dict[str, tuple[int, float]] = {}
+        nearest: dict[str, tuple[str, bool, float]] = {}
         if texts:
-            values, places = (self.embed(texts) @ self._vectors.T).max(1)
-            nearest = {text: (int(i), float(v)) for text, i, v in zip(texts, places, values, strict=True)}
+            values, places = (self.embed(texts) @ vectors.T).max(1)
+            nearest = {text: (*known[int(i)][:2], float(v)) for text, i, v in zip(texts, places, values, strict=True)}
         return [score(self.name, c, self._read(c, parts, nearest)) for c, parts in zip(captions, spoken, strict=True)]
 
-    def _read(self, caption: Caption, parts: Iterable[tuple[Clause, str]], nearest: Mapping[str, tuple[int, float]]) -> Reading | None:
-        claims, readable = _Claims(caption, self.labels), bool(NOTHING.search(caption.answer.lower()))
+    def _read(self, caption: Caption, parts: Iterable[tuple[Clause, str]], nearest: Mapping[str, tuple[str, bool, float]]) -> Reading | None:
+        claims, readable = Claims(truth(caption, self._reader)), bool(NOTHING.search(caption.answer.lower()))
         for clause, text in parts:
-            place, cosine = nearest.get(text, (0, -1.0))
+            name, sound, cosine = nearest.get(text, ("", False, -1.0))
             if cosine < self.threshold:
                 continue
             readable = True
             if not clause.denied:
-                name, sound = self._phrases[place]
                 claims.add(clause.sides, frozenset({name}), sound, sound)
-        return claims.reading() if readable else None
+        return reading(claims) if readable else None
 
 
 # ---------------------------------------------------------------- llm
