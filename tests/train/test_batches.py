@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from analysis.events import named
 from models import Cut, Kind
 from tests.train.conftest import plain
 from train.batches import Micro, _own_answer, _text, agree, loss_terms, make_micro, span_scores
@@ -64,7 +65,7 @@ PHRASES = {"dog": "a dog barking", "train": "a train passing", "person": "a pers
 )
 def test_answers_agree_by_what_they_name(said, other, same):
     for pair in ((said, other), (other, said)):
-        assert agree(*pair, "What do you hear?", "hear", PHRASES) is same
+        assert agree(*pair, "What do you hear?", "hear", lambda answer, modality: named(answer, PHRASES)) is same
 
 
 def hear_only(plan):
@@ -80,7 +81,7 @@ def test_an_answer_in_other_words_is_taught_where_the_clip_is_factual(clips, fac
     [group] = sample_step(clips, factual_config, hear_only(plan), 0)[:1]
     hear, answers = [a for a in plain(group) if a.modality == "hear"], {}
     names = list(clips.labels())
-    phrases = {"hear": {name: heard for name, (_, heard) in clips.labels().items()}}
+    phrases = {name: heard for name, (_, heard) in clips.labels().items()}
 
     def ids(text):
         return model.tokenizer(text)["input_ids"]
@@ -92,7 +93,7 @@ def test_an_answer_in_other_words_is_taught_where_the_clip_is_factual(clips, fac
         answers[ask.clip.id, ask.question, plan.teacher_cut.value] = ids(text(ask.clip.heard) if text else f"I hear {other}.")
     loss = LossPart(max_answer_tokens=40)
     assert len({a.clip.id for a in hear}) == 4
-    micro = make_micro(model, [group], clips.root, plan, loss, answers, phrases=phrases)
+    micro = make_micro(model, [group], clips.root, plan, loss, answers, names=lambda answer, modality: named(answer, phrases))
     said = [
         _text(model, [t for t in micro.batch.targets[row].tolist() if t not in (-100, model.end_id)]) for row in micro.parts["distillation"][0].rows
     ]
@@ -100,7 +101,10 @@ def test_an_answer_in_other_words_is_taught_where_the_clip_is_factual(clips, fac
     assert micro.counts() == {"distillation": (2, 0, 4), "states": (2, 0, 4)}
     # What is not taught counts as 0 in the mean: the term is half of what it is for the two alone.
     alone = dataclasses.replace(group, asks=tuple(hear[:2]))
-    both, two = (terms_of(model, make_micro(model, [g], clips.root, plan, loss, answers, phrases=phrases), plan) for g in (group, alone))
+    both, two = (
+        terms_of(model, make_micro(model, [g], clips.root, plan, loss, answers, names=lambda answer, modality: named(answer, phrases)), plan)
+        for g in (group, alone)
+    )
     torch.testing.assert_close(both["distillation"], two["distillation"] / 2)
 
 
