@@ -9,7 +9,7 @@ A sequence that several terms ask for (the teacher's own answer is often the tru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.events import NEGATIONS, abstains, content_stems, named
+from analysis.events import NEGATIONS, abstains, content_stems
 from data.questions import Modality, answer
 from models import AVLLM, Cut, Kind, Media
 from models.sequences import Batch, Decoded, Example, Suffix, answer_logprobs
@@ -61,7 +61,7 @@ class Micro:
 Average = Callable[[], AbstractContextManager[None]]
 Answers = dict[tuple[str, str, str], list[int]]  # (what the model is given, question, cut or UNCUT) -> its greedy answer, token ids
 UNCUT = ""
-Phrases = Mapping[Modality, Mapping[str, Any]]  # modality -> class -> how an answer names it, as analysis.events.named takes it
+Names = Callable[[str, Modality], Collection]  # (answer, what its question is about) -> the known events that it names (analysis/events.py)
 SIMILAR = 0.6  # answers that name no known event say the same where they share this part of their words
 GATED = ("distillation", "mirror", "states", *COMPARED, "attention_balance")  # terms that learn the teacher's answers, where they are taught
 ANCHORED = ("retention", "abstention")  # terms that keep what the model said before training, whoever else teaches
@@ -113,10 +113,10 @@ def make_micro(
     loss: LossPart,
     answers: Answers,
     average: Average | None = None,
-    phrases: Phrases | None = None,
+    names: Names | None = None,
 ) -> Micro:
     """Sequences, and what the frozen model makes of them, for these groups. `answers` is what it was heard to say so far; new answers are added.
-    `phrases`: how the classes of the clips are named, all of them, whichever a clip has.
+    `names`: reads answers for the classes of the clips, all of them, whichever a clip has; None knows none.
 
     counterfactual_ce: every question whose stream is there. abstention: clips from which one stream was taken away: "nothing" about it, and what the
     frozen model says about the other. distillation, mirror: hear- and see-questions, towards the teacher. states: what the layers put out, for both.
@@ -125,7 +125,7 @@ def make_micro(
     The teacher is the model with its adapter off (`average`: a context in which the adapter is its moving average), in evaluation mode, without
     gradients, under the plan's cut, or where loss.teacher says so without the other stream. On factual clips both streams say the same, so where a
     cut changes what the teacher's answer says (`agree`), it has cost it something: such answers are not taught (that a clip is factual is no
-    label, nor are the phrases of all classes). Nor are answers whose tokens the teacher itself gives less than `loss.gate`.
+    label, nor is which classes there are). Nor are answers whose tokens the teacher itself gives less than `loss.gate`.
     """
     weights = plan.weights()
     asks = [ask for group in groups for ask in group.asks]
@@ -154,13 +154,13 @@ def make_micro(
     with evaluating(model):
         if average is not None and loss.teacher_weights == "ema":
             with average():  # it says other things at every step; what is to stay as it was is the adapter-off model's
-                found, gated = _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss, phrases or {})
+                found, gated = _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss, names)
                 kept, shut = kept + found, shut + gated
             taught_off = [t for t in taught if t.term in ANCHORED]
         else:
             taught_off = taught
         with model.adapter_off():
-            found, gated = _teach(model, taught_off, root, answers, loss, phrases or {})
+            found, gated = _teach(model, taught_off, root, answers, loss, names)
             kept, shut = kept + found, shut + gated
     for term in dict.fromkeys(t.term for t in taught):
         mine = [k for k in kept if k[0].term == term]
@@ -294,7 +294,7 @@ def evaluating(model: AVLLM) -> Iterator[None]:
 
 @torch.no_grad()
 def _teach(
-    model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart, phrases: Phrases
+    model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart, names: Names | None
 ) -> tuple[list[tuple[_Taught, Suffix, Tensor, Tensor]], list[_Taught]]:
     """What the frozen model says: those of `wanted` that are taught, each with its answer's suffix, and at its emitters logits (tokens, vocabulary)
     and states (layers, tokens, hidden), padded alike; and those that only `loss.gate` leaves out."""
@@ -319,7 +319,7 @@ def _teach(
     def unchanged(t: _Taught) -> bool:
         """Whether the cut leaves what is said of a factual clip as it is."""
         said, before = answers[t.job], uncut[t.ask.given, t.ask.question]
-        return said == before or agree(_text(model, said), _text(model, before), t.ask.question, t.ask.modality, phrases.get(t.ask.modality, {}))
+        return said == before or agree(_text(model, said), _text(model, before), t.ask.question, t.ask.modality, names)
 
     kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or unchanged(t)]
     if not kept:
@@ -342,14 +342,14 @@ def _teach(
     return found, shut
 
 
-def agree(said: str, other: str, question: str, modality: Modality, phrases: Mapping[str, Any]) -> bool:
-    """Whether two answers to a question say the same: where either names known events (analysis.events.named), both name the same ones; else where
+def agree(said: str, other: str, question: str, modality: Modality, names: Names | None) -> bool:
+    """Whether two answers to a question say the same: where either names known events (`names`), both name the same ones; else where
     either says that there is nothing, both do; else they deny alike and share SIMILAR of the word stems that are in either, function words and the
-    question's own words aside. Answers without such words have to be the same text. No label is needed: `phrases` are those of all classes.
+    question's own words aside. Answers without such words have to be the same text. No label is needed: `names` knows all classes.
     """
-    names, others = named(said, phrases), named(other, phrases)
-    if names or others:
-        return names == others
+    these, those = (names(text, modality) if names else () for text in (said, other))
+    if these or those:
+        return these == those
     nothing, neither = abstains(said, modality), abstains(other, modality)
     if nothing or neither:
         return nothing and neither

@@ -269,9 +269,10 @@ class DiagnosisPart:
         for name in ("retention_bound", "tie"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"diagnosis.{name} is {getattr(self, name)}: it is a share and has to lie in [0, 1].")
-        for name in ("counterfactual", "factual", "alone"):
-            if getattr(self.plan, name) == 0:
-                raise ConfigError(f"diagnosis.plan.{name} is 0: no plan can be made without these rates. Give a number of clips, or leave it out.")
+        if self.plan.alone == 0:
+            raise ConfigError(
+                "diagnosis.plan.alone is 0, but each stream alone is the mark that the plan takes gaps to. Give a number of clips, or leave it out."
+            )
 
 
 @dataclass

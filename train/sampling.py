@@ -182,7 +182,7 @@ def _texts(config: Config, rng: np.random.Generator, size: int) -> list[tuple[st
 @lru_cache(maxsize=4)
 def passages(path: str) -> list[str]:
     """The lines of a text file that are not empty. Raises DataError where it cannot be read, has none, or has text that diagnoses measure plain text
-    on (MEASURED_RUN words in a row).
+    on: MEASURED_RUN words in a row of a passage, or a whole question.
     """
     try:
         found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -190,8 +190,10 @@ def passages(path: str) -> list[str]:
         raise DataError(f"{path} cannot be read as text ({error}). Name a text file, a passage a line, with data.text.") from None
     if not found:
         raise DataError(f"{path} has no text. Put a passage on each line.")
-    measured = {run for text in (*(p.text for p in PASSAGES), *(q.text for q in TEXT_QUESTIONS)) for run in _runs(text)}
-    if wrong := [line for line in found if measured & _runs(line)]:
+    measured = {run for passage in PASSAGES for run in _runs(passage.text, MEASURED_RUN)}
+    measured |= {run for asked in TEXT_QUESTIONS for run in _runs(asked.text)}
+    lengths = {len(run) for run in measured}
+    if wrong := [line for line in found if any(measured & _runs(line, n) for n in lengths)]:
         raise DataError(
             f"{path} has text that plain text is measured on (analysis/plain_text.py), so what training costs would not be seen. "
             f"Take it out: {wrong[0][:80]!r}, {len(wrong)} lines in all."
@@ -199,10 +201,11 @@ def passages(path: str) -> list[str]:
     return found
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of MEASURED_RUN words; the whole of a text with fewer."""
+def _runs(text: str, n: int | None = None) -> set[tuple[str, ...]]:
+    """All runs of n words; without n the whole text."""
     words = re.findall(r"\w+", text.casefold())
-    return {tuple(words[at : at + MEASURED_RUN]) for at in range(max(1, len(words) - MEASURED_RUN + 1))}
+    n = len(words) if n is None else n
+    return {tuple(words[at : at + n]) for at in range(len(words) - n + 1)}
 
 
 def share(groups: Sequence[Group], rank: int, world: int, part: int, parts: int) -> list[Group]:

@@ -6,9 +6,10 @@ import dataclasses
 import pytest
 import torch
 
+from analysis.events import named
 from models import Cut, Kind
 from tests.train.conftest import plain
-from train.batches import Micro, _own_answer, loss_terms, make_micro, span_scores
+from train.batches import Micro, _own_answer, _text, agree, loss_terms, make_micro, span_scores
 from train.config import DataPart, LossPart
 from train.objective import knockout_distillation
 from train.plan import Choice
@@ -36,8 +37,111 @@ def questions(groups):
 
 
 def taught(ask, cut, answers):
-    """On factual clips an answer that the cut changed is not taught."""
+    """On factual clips an answer that the cut changed is not taught (the random model's answers share no words where they differ)."""
     return ask.clip.condition != "factual" or answers[ask.clip.id, ask.question, cut] == answers[ask.clip.id, ask.question, ""]
+
+
+PHRASES = {"dog": "a dog barking", "train": "a train passing", "person": "a person laughing"}
+
+
+@pytest.mark.parametrize(
+    ("said", "other", "same"),
+    [
+        ("I hear a dog barking.", "There is a loud dog that barks.", True),  # both name the dog
+        ("I hear a dog barking.", "I hear a train passing.", False),
+        ("I hear a dog barking.", "I hear a dog barking and a train passing.", False),
+        ("I hear a dog barking.", "I hear an animal.", False),  # one names a known event
+        ("I hear a dog barking.", "I hear no dog barking.", False),
+        ("I hear nothing.", "There is no sound.", True),
+        ("I hear nothing.", "I hear a violin.", False),
+        ("I hear a violin playing slowly.", "A violin plays slowly.", True),  # violin, play, slowly
+        ("I hear a violin playing slowly.", "I hear a violin playing.", True),  # 2 of 3 words
+        ("I hear a violin playing slowly.", "I hear a cello playing slowly.", False),  # 2 of 4
+        ("I hear a violin.", "I hear a cello.", False),  # the question's own words do not count
+        ("I hear a violin playing slowly.", "I hear no violin playing slowly.", False),
+        ("", "", True),
+        ("", "I hear a violin.", False),
+    ],
+)
+def test_answers_agree_by_what_they_name(said, other, same):
+    for pair in ((said, other), (other, said)):
+        assert agree(*pair, "What do you hear?", "hear", lambda answer, modality: named(answer, PHRASES)) is same
+
+
+def hear_only(plan):
+    """A plan of distillation and its states alone."""
+    for name in ("counterfactual_ce", "mirror", "retention", "abstention", "logprob_invariance"):
+        setattr(plan, name, Choice(0.0, ""))
+    plan.conditions = Choice({"both": 0, "bare": 0}, "")
+    return plan
+
+
+def test_an_answer_in_other_words_is_taught_where_the_clip_is_factual(clips, factual_config, plan, model):
+    """Of four answers about factual clips under the cut one is the same, one says the same in other words, one names another event, one abstains."""
+    [group] = sample_step(clips, factual_config, hear_only(plan), 0)[:1]
+    hear, answers = [a for a in plain(group) if a.modality == "hear"], {}
+    names = list(clips.labels())
+    phrases = {name: heard for name, (_, heard) in clips.labels().items()}
+
+    def ids(text):
+        return model.tokenizer(text)["input_ids"]
+
+    texts = [lambda p: f"I hear {p}.", lambda p: f"There, quite loud, {p}.", None, lambda p: "I hear nothing."]
+    for ask, text in zip(hear, texts, strict=True):
+        other = clips.labels()[next(n for n in names if n != ask.clip.audio_label)][1]
+        answers[ask.clip.id, ask.question, ""] = ids(f"I hear {ask.clip.heard}.")
+        answers[ask.clip.id, ask.question, plan.teacher_cut.value] = ids(text(ask.clip.heard) if text else f"I hear {other}.")
+    loss = LossPart(max_answer_tokens=40)
+    assert len({a.clip.id for a in hear}) == 4
+    micro = make_micro(model, [group], clips.root, plan, loss, answers, names=lambda answer, modality: named(answer, phrases))
+    said = [
+        _text(model, [t for t in micro.batch.targets[row].tolist() if t not in (-100, model.end_id)]) for row in micro.parts["distillation"][0].rows
+    ]
+    assert said == [f"I hear {hear[0].clip.heard}.", f"There, quite loud, {hear[1].clip.heard}."]
+    assert micro.counts() == {"distillation": (2, 0, 4), "states": (2, 0, 4)}
+    # What is not taught counts as 0 in the mean: the term is half of what it is for the two alone.
+    alone = dataclasses.replace(group, asks=tuple(hear[:2]))
+    both, two = (
+        terms_of(model, make_micro(model, [g], clips.root, plan, loss, answers, names=lambda answer, modality: named(answer, phrases)), plan)
+        for g in (group, alone)
+    )
+    torch.testing.assert_close(both["distillation"], two["distillation"] / 2)
+
+
+def test_a_gate_that_leaves_the_longest_answers_out(clips, config, plan, model):
+    """States are padded to the longest answer of the teacher; where that one is not taught, no sequence of the batch is as long."""
+    groups, answers = sample_step(clips, config, hear_only(plan), 0), {}
+    conflicts = [a for a in questions(groups) if a.modality == "hear" and a.clip.condition == "counterfactual"]
+    groups = [dataclasses.replace(groups[0], asks=tuple(conflicts))]
+    make_micro(model, groups, clips.root, plan, LossPart(max_answer_tokens=3), answers)
+    longest = (conflicts[0].clip.id, conflicts[0].question, plan.teacher_cut.value)
+    answers[longest] = list(range(50, 62))  # nothing that the model would say
+    loss = LossPart(max_answer_tokens=12)
+    every = make_micro(model, groups, clips.root, plan, loss, answers)
+    part = every.parts["distillation"][0]
+    logp, targets = part.reference.log_softmax(-1), every.batch.targets[part.rows]
+    logp = logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0] * (targets != -100)
+    sure = (logp.sum(1) / (targets != -100).sum(1)).exp()
+    assert int(sure.argmin()) == 0
+    gated = make_micro(model, groups, clips.root, plan, dataclasses.replace(loss, gate=float(sure.sort().values[1]) * 0.999), answers)
+    assert gated.counts() == {"distillation": (3, 1, 4), "states": (3, 1, 4)}
+    terms = terms_of(model, gated, plan)
+    shorter = [dataclasses.replace(groups[0], asks=tuple(conflicts[1:]))]
+    wanted = terms_of(model, make_micro(model, shorter, clips.root, plan, loss, answers), plan)
+    for name in ("distillation", "states"):
+        torch.testing.assert_close(terms[name], wanted[name] * 3 / 4, atol=1e-5, rtol=1e-4)
+
+
+def test_where_see_questions_lead_hear_questions_are_kept(clips, config, plan, model):
+    groups = sample_step(clips, config, plan, 0)[:1]
+    for leads, kept in (("hear", "see"), ("see", "hear")):
+        plan.leads, answers = Choice(leads, ""), {}
+        make_micro(model, groups, clips.root, plan, LOSS, answers)
+        factual = [a for a in questions(groups) if a.clip.condition == "factual"]
+        micro = make_micro(model, groups, clips.root, plan, LOSS, answers)
+        wanted = [answers[a.clip.id, a.question, ""] for a in factual if a.modality == kept]
+        said = [[t for t in micro.batch.targets[row].tolist() if t not in (-100, model.end_id)] for row in micro.parts["retention"][0].rows]
+        assert said == wanted
 
 
 def test_terms_look_at_the_right_rows(clips, config, plan, model):
@@ -267,7 +371,7 @@ def test_a_teacher_that_is_the_moving_average(clips, config, plan, model):
 def test_plain_text_is_kept(clips, config, plan, model, tmp_path):
     (tmp_path / "text.txt").write_text("The dog sleeps in the sun.\n\nIt rains on the sea.\n")
     config = dataclasses.replace(config, data=DataPart(text=str(tmp_path / "text.txt")), loss=LossPart(text_retention=1.0))
-    plan.extras = Choice({"text_retention": 1.0}, "")
+    plan.text_retention = Choice(1.0, "")
     model.add_lora(model.lora_targets([0, 1, 2], ["q_proj", "v_proj"]), 4, 8)
     groups = sample_step(clips, config, plan, 0)
     assert all(len(group.texts) == 1 for group in groups)

@@ -181,6 +181,15 @@ def test_largest_audio_following_wins(tmp_path):
     assert "20.0 → 95.0 %" in best.because and "70.0 → 80.0 %" in best.because
 
 
+def test_where_see_questions_lead_the_picture_is_followed(tmp_path):
+    for step_, hear, see in ((50, 0.99, 0.70), (100, 0.80, 0.95), (150, 0.95, 0.945)):
+        diagnosed(tmp_path, step_, hear, see)
+    best = choose_best(tmp_path, biased(), 0.01, 0.01, "see")
+    assert best.checkpoint == "step_000150" and "best on hear-questions among the 2 that follow the picture most" in best.because
+    assert choose_best(tmp_path, biased(), 0.01, 0.0, "see").checkpoint == "step_000100"
+    assert choose_best(tmp_path, biased(), 0.01, 0.01).checkpoint == "step_000050"
+
+
 def test_retention_bounds_the_choice(tmp_path):
     diagnosed(tmp_path, 50, 0.80, 0.80)
     diagnosed(tmp_path, 100, 0.99, 0.99, see_factual=0.92)  # 6 of 100 lost, standard error 2.37

@@ -18,7 +18,7 @@ from analysis.findings import Findings
 from tests.train.conftest import result
 from train.best import Best, Rates
 from train.config import SchedulePart
-from train.loop import default_threads, learning_rate, main, status
+from train.loop import default_threads, learning_rate, main, shares, status
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def test_a_whole_run_and_once_more(arguments, tmp_path, uninterrupted, capsys):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"counterfactual_ce", "distillation", "mirror", "states", "retention", "loss", "lr", "grad_norm"} <= set(lines[0])
+    assert lines[0]["taught/counterfactual_ce"] == 1 and all(0 <= line["taught/distillation"] <= 1 for line in lines)
     plan = json.loads((folder / "plan.json").read_text())
     assert len(plan["lora_targets"]) == 6 and all("because" in choice for name, choice in plan.items() if name != "lora_targets")
     out = capsys.readouterr().out
@@ -177,7 +178,16 @@ def test_the_bar_shows_terms_and_what_the_newest_checkpoint_follows():
     rates = {"hear_conflicts": 0.25, "see_conflicts": 0.5, "hear_factual": 1.0, "see_factual": 1.0, "vision_following": 0.75}
     best = Best("step_000100", "", True, Rates(0, 0, 0, 0, 0), {"step_000100": dict.fromkeys(rates, 0.9), "step_000200": rates})
     assert status({"counterfactual_ce": 1.0, "loss": 2.0}, None) == "ce 1.000 loss 2.000"
+    learnt = {"counterfactual_ce": 1.0, "distillation": 0.5, "loss": 2.0, "taught/counterfactual_ce": 1.0, "taught/distillation": 0.875}
+    assert status(learnt, None) == "ce 1.000 kd 0.500 (taught 0.88) loss 2.000"
     assert status({"loss": 2.0}, best) == "loss 2.000 | conflicts: hear follows audio 25 % vision 75 %, see 50 %"
+
+
+def test_shares_of_what_is_taught():
+    """Answers taught, left out by the gate, asked for."""
+    counts = {"counterfactual_ce": (20, 0, 20), "distillation": (5, 1, 8), "mirror": (0, 0, 0)}
+    assert shares(counts, 0.0) == {"taught/counterfactual_ce": 1.0, "taught/distillation": 0.625}
+    assert shares(counts, 0.5) == {"taught/counterfactual_ce": 1.0, "taught/distillation": 0.625, "gated/distillation": 0.125}
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, tmp_path, capsys):

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from analysis.plain_text import PASSAGES
+from analysis.plain_text import QUESTIONS as TEXT_QUESTIONS
 from data.clips import Clips, DataError
 from data.questions import MODALITIES, QUESTIONS
 from tests.train.conftest import plain
@@ -111,6 +114,14 @@ def test_class_weights_steer_the_draw(clips, config, plan):
     assert drawn.most_common(1)[0][0] == favourite
 
 
+def test_where_see_questions_lead_class_weights_are_of_pictures(clips, config, plan):
+    grids = [g for g in clips.grids if g.split == "train"]
+    favourite = clips.by_id()[grids[0].oo].seen
+    plan.class_weights, plan.leads = Choice({c[0]: 0.01 for c in clips.labels().values()} | {favourite: 2.0}, ""), Choice("see", "")
+    drawn = Counter(a.clip.seen for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
+    assert drawn.most_common(1)[0][0] == favourite
+
+
 def test_shares_are_the_whole_in_order(clips, plan):
     config = Config(schedule=SchedulePart(grids=4))
     groups = sample_step(clips, config, plan, 0)
@@ -156,3 +167,21 @@ def test_text_that_cannot_be_used(tmp_path):
         passages(str(tmp_path / "empty.txt"))
     with pytest.raises(DataError, match="cannot be read as text"):
         passages(str(tmp_path / "nowhere.txt"))
+
+
+def test_plain_text_is_the_ready_made_file_unless_another_is_named(clips, config, plan, tmp_path):
+    plan.text_retention = Choice(1.0, "")
+    ready = (Path(__file__).parents[2] / "configs" / "plain_text.txt").read_text().splitlines()
+    assert all(text in ready for group in sample_step(clips, config, plan, 0) for text in group.texts)
+    (tmp_path / "own.txt").write_text("One passage of my own.\n")
+    config = dataclasses.replace(config, data=DataPart(text=str(tmp_path / "own.txt")))
+    assert [group.texts for group in sample_step(clips, config, plan, 0)] == [("One passage of my own.",)] * 2
+    plan.text_retention = Choice(0.0, "")
+    assert [group.texts for group in sample_step(clips, config, plan, 0)] == [()] * 2
+
+
+@pytest.mark.parametrize("text", [PASSAGES[3].text[40:160], f"Question: {TEXT_QUESTIONS[0].text} Answer: I do not know."])
+def test_text_that_diagnoses_measure_on_is_not_trained_on(tmp_path, text):
+    (tmp_path / "text.txt").write_text(f"It rains.\n{' '.join(text.split())}\n")
+    with pytest.raises(DataError, match="plain text is measured on"):
+        passages(str(tmp_path / "text.txt"))
