@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from data.clips import Clip, Grid
-from data.media import mux
+from data.media import OTHER_HASH, MediaError, mux, stream_hashes
 from data.splits import Pair, pair
 
 MAX_SIMILARITY = 0.5
@@ -81,11 +81,20 @@ def choose_swaps(
 
 
 def make_swap(root: Path, video: Clip, audio: Clip, out: Path | None = None) -> Clip:
-    """Mux the picture of one clip with the sound of the other into `out` (default: `root`) / media / <id>.mp4; the new clip."""
+    """Mux the picture of one clip with the sound of the other into `out` (default: `root`) / media / <id>.mp4; the new clip.
+
+    Both streams are those of the two clips, as their hashes say, whole: where lengths differ, one of them ends before the other, in the
+    swap as in the mirror. Raises MediaError, and leaves no file, where a copy cannot be the same.
+    """
     name = f"{video.id}__{audio.id}"
     out = out or root
     (out / "media").mkdir(parents=True, exist_ok=True)
-    video_sha256, audio_sha256 = mux(root / video.file, root / audio.file, out / "media" / f"{name}.mp4")
+    made = out / "media" / f"{name}.mp4"
+    video_sha256, audio_sha256 = mux(root / video.file, root / audio.file, made)
+    for number, (clip, copy, known) in enumerate(((video, video_sha256, video.video_sha256), (audio, audio_sha256, audio.audio_sha256))):
+        if copy != known:
+            made.unlink()
+            raise MediaError(_differs(root / clip.file, known, stream_hashes(root / clip.file)[number], "sound" if number else "picture"))
     return replace(
         video,
         id=name,
@@ -97,6 +106,16 @@ def make_swap(root: Path, video: Clip, audio: Clip, out: Path | None = None) -> 
         audio_rendering=audio.audio_rendering,
         video_sha256=video_sha256,
         audio_sha256=audio_sha256,
+    )
+
+
+def _differs(file: Path, known: str, found: str, what: str) -> str:
+    """Why a stream in a swap is not the one in the clip's row."""
+    if known != found:
+        return f"{file}: its {what} is not the one of its hash in clips.jsonl ({OTHER_HASH})"
+    return (
+        f"{file}: its {what} would be another in an mp4 (times or trimming are written otherwise there), so a grid would not hold the same one "
+        f'twice. Copy it once, mux("{file}", "{file}", "NEW.mp4"), and use that as the factual clip.'
     )
 
 

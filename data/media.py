@@ -45,6 +45,10 @@ PRIMING = 0.1  # seconds by which pictures come late in many files, since the so
 JUMP = 1  # seconds; times that go back by more are not one recording
 LOUDEST = 8.0  # times full scale: what coding adds stays below, integers called floating point do not
 CONVERT = "Convert it first, for instance: ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p -c:a aac NEW.mp4"
+OTHER_HASH = (
+    "the file was exchanged, or the row was written before hashes held times and lengths: build the folder again, or write its rows anew "
+    "with data.media.stream_hashes"
+)
 BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"udta", b"uuid", b"meta", b"mfra", b"sidx", b"styp", b"pdin"}
 
 
@@ -335,7 +339,10 @@ def read_video(path: Path | str, fps: float, resize: Callable[[np.ndarray], np.n
                     full = _picture(path, shown, aspect, size)
                     size = full.shape[:2]
                     image = np.ascontiguousarray(full.transpose(2, 0, 1)[None])
-                    image = image if resize is None else resize(image)
+                    try:
+                        image = image if resize is None else resize(image)
+                    except ValueError as error:
+                        raise MediaError(f"{path}: {error}") from error
                     out = np.zeros((n, *image.shape[1:]), np.uint8) if out is None else out
                 assert out is not None
                 out[k] = image[0]
@@ -378,7 +385,8 @@ def read_audio(path: Path | str, rate: int = RATE, muted: bool = False) -> np.nd
 
 def _pieces(path: Path | str, container: Any, stream: Any, tracks: _Tracks, rate: int) -> Iterator[tuple[int, np.ndarray, list[str]]]:
     """What is sound without a gap: (first sample, (channels, samples), names of the channels), resampled."""
-    zero, resampler, kind = tracks.zero, None, None
+    zero, kind = tracks.zero, None
+    resampler: av.AudioResampler | None = None
     begin = end = float(tracks.audio.starts - zero) if tracks.audio else 0.0
     stated = begin + float(stream.duration * stream.time_base) if stream.duration is not None else float("inf")
     parts: list[np.ndarray] = []
@@ -386,7 +394,8 @@ def _pieces(path: Path | str, container: Any, stream: Any, tracks: _Tracks, rate
     padded = 0.0  # seconds at the end of the last frame that are padding
 
     def piece() -> tuple[int, np.ndarray, list[str]]:
-        rest = [f.to_ndarray() for f in resampler.resample(None)]  # type: ignore[union-attr]
+        assert resampler is not None
+        rest = [f.to_ndarray() for f in resampler.resample(None)]
         wave = np.concatenate([*parts, *rest], axis=1)
         at = round(begin * rate)
         at = 0 if abs(begin) < 0.002 else at  # stamps in milliseconds
@@ -430,7 +439,7 @@ def _mono(channels: np.ndarray, names: list[str]) -> np.ndarray:
     sides = np.zeros((2, channels.shape[1]), np.float32)
     for i, (channel, name) in enumerate(zip(channels, names, strict=True)):
         left, right = _weights(name, i)
-        sides += np.float32([[left], [right]]) * channel
+        sides += np.array([[left], [right]], np.float32) * channel
     mixed = sides.mean(axis=0) + _cancelled(sides[0], sides[1])
     limit, peak = max(1.0, float(np.abs(channels).max(initial=0.0))), float(np.abs(mixed).max(initial=0.0))
     return mixed if peak <= limit else mixed * np.float32(limit / peak)

@@ -14,7 +14,7 @@ A family file supplies the five hooks at the end of the class. Everything is pad
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.clips import Clip
-from data.media import read_audio, read_video
+from data.media import OTHER_HASH, MediaError, read_audio, read_video, stream_hashes
 from data.questions import question
 from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
 from models.reuse import Decoding, Reuse, block_rows
@@ -36,6 +36,7 @@ from models.sequences import Batch, Decoder, Example, Layout, Media, Output, Pre
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AUDIO_RATE = 16_000
+AT_ONCE = 1 << 25  # values of frames that pass through the video tower together, unless one clip has more: about a gigabyte on the way
 JOB_BLOCKS = 16  # blocks of rows that are worked on together under prefix reuse: more share more, fewer need less memory
 
 
@@ -65,14 +66,16 @@ class AVLLM(ABC):
         self.dtype = next(self.text_model.parameters()).dtype
         self.passed: tuple[Any, ...] | None = None  # `instrument()` at the last self-check that passed
         self._streams: dict[tuple[str, str], StreamFeatures] = {}
+        self._as_muted: set[str] = set()  # sounds that nobody has asked to be audible yet
         self._layouts: dict[tuple, Layout] = {}
 
     # ---------------------------------------------------------------- media
 
     def media(self, clip: Clip, root: Path, video: bool = True, audio: bool = True) -> Media:
-        """Features of the clip's streams; a stream (by its packets' hash) passes through its tower once in the life of this object.
+        """Features of the clip's streams; a stream (by its hash, of all that decides it) passes through its tower once in the life of this object.
 
-        Raises data.media.MediaError for media that cannot be used and ModelError where audio or video left no tokens.
+        Raises data.media.MediaError for media that cannot be used, or that are not those of the clip's hashes, and ModelError where audio or
+        video left no tokens.
         """
         self._encode([(clip, root, video, audio)])
         return Media(
@@ -83,30 +86,60 @@ class AVLLM(ABC):
     def precompute(self, clips: Sequence[Clip], root: Path, progress: bool = True, batch: int = 32) -> None:
         """Run the towers for every stream of `clips` that has not been seen yet."""
         seen: set[tuple[str, str]] = set(self._streams)
+        as_muted = set(self._as_muted)
         new = []
         for clip in clips:
-            video, audio = ("video", clip.video_sha256) not in seen, ("audio", clip.audio_sha256) not in seen
+            video, audio = ("video", clip.video_sha256) not in seen, self._to_hear(clip, seen, as_muted)
             if video or audio:
                 new.append((clip, root, video, audio))
                 seen |= {("video", clip.video_sha256), ("audio", clip.audio_sha256)}
+                (as_muted.add if clip.condition == "muted" else as_muted.discard)(clip.audio_sha256)
         for start in tqdm(range(0, len(new), batch), desc="towers", unit="batch", disable=not progress or not new, leave=False):
             self._encode(new[start : start + batch])
 
+    @staticmethod
+    def _to_hear(clip: Clip, known: Collection[tuple[str, str]], as_muted: Collection[str]) -> bool:
+        """Whether the clip's sound has to be read: a muted clip's may be silent, and whose is taken for sound may not, whichever came first."""
+        return ("audio", clip.audio_sha256) not in known or (clip.audio_sha256 in as_muted and clip.condition != "muted")
+
     @torch.no_grad()
     def _encode(self, wanted: list[tuple[Clip, Path, bool, bool]]) -> None:
-        videos, audios = {}, {}
+        videos: dict[str, tuple[Clip, np.ndarray]] = {}
+        audios: dict[str, tuple[Clip, np.ndarray]] = {}
         for clip, root, video, audio in wanted:
-            if video and ("video", clip.video_sha256) not in self._streams:
-                videos[clip.video_sha256] = read_video(root / clip.file, self.fps)
-            if audio and ("audio", clip.audio_sha256) not in self._streams:
-                audios[clip.audio_sha256] = read_audio(root / clip.file, AUDIO_RATE, muted=clip.condition == "muted")
-        for kind, streams, run in (("video", videos, self.encode_video), ("audio", audios, self.encode_audio)):
-            if streams:
-                for sha, features in zip(streams, run(list(streams.values())), strict=True):
-                    if features.features.shape[0] == 0:
-                        clip = next(c for c, *_ in wanted if sha in (c.video_sha256, c.audio_sha256))
-                        raise ModelError(f"{clip.file}: its {kind} left no tokens. The stream is too short for this model; use a longer clip.")
-                    self._streams[(kind, sha)] = features
+            video = video and ("video", clip.video_sha256) not in self._streams and clip.video_sha256 not in videos
+            audio = audio and self._to_hear(clip, [*self._streams, *(("audio", sha) for sha in audios)], self._as_muted)
+            path = root / clip.file
+            if video or audio:
+                found = stream_hashes(path)
+                if (video and found[0] != clip.video_sha256) or (audio and found[1] != clip.audio_sha256):
+                    raise MediaError(f"{path} is not the file of the hashes in clips.jsonl: {OTHER_HASH}.")
+            if video:
+                frames = read_video(path, self.fps, self.resize)
+                if videos and sum(v.size for _, v in videos.values()) + frames.size > AT_ONCE:
+                    self._encode_videos(videos)
+                    videos = {}
+                videos[clip.video_sha256] = clip, frames
+            if audio:
+                audios[clip.audio_sha256] = clip, read_audio(path, AUDIO_RATE, muted=clip.condition == "muted")
+                (self._as_muted.add if clip.condition == "muted" else self._as_muted.discard)(clip.audio_sha256)
+        self._encode_videos(videos)
+        for sha, (clip, wave) in audios.items():
+            if wave.size == 0:
+                raise ModelError(f"{clip.file}: its audio left no tokens. The stream is too short for this model; use a longer clip.")
+            (features,) = self.encode_audio([wave])
+            self._keep("audio", sha, clip, features)
+
+    def _encode_videos(self, videos: Mapping[str, tuple[Clip, np.ndarray]]) -> None:
+        if videos:
+            found = self.encode_video([frames for _, frames in videos.values()], resized=True)
+            for (sha, (clip, _)), features in zip(videos.items(), found, strict=True):
+                self._keep("video", sha, clip, features)
+
+    def _keep(self, kind: str, sha: str, clip: Clip, features: StreamFeatures) -> None:
+        if features.features.shape[0] == 0:
+            raise ModelError(f"{clip.file}: its {kind} left no tokens. The stream is too short for this model; use a longer clip.")
+        self._streams[(kind, sha)] = features
 
     # ---------------------------------------------------------------- prompts
 
@@ -543,8 +576,12 @@ class AVLLM(ABC):
         """The unembedding."""
 
     @abstractmethod
-    def encode_video(self, videos: list[np.ndarray]) -> list[StreamFeatures]:
-        """Towers on frames uint8 (n, 3, h, w) sampled at `self.fps`."""
+    def resize(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 (n, 3, h, w) in the size that the processor gives frames of theirs, by the processor's own means: for frames as they are read."""
+
+    @abstractmethod
+    def encode_video(self, videos: list[np.ndarray], resized: bool = False) -> list[StreamFeatures]:
+        """Towers on frames uint8 (n, 3, h, w) sampled at `self.fps`; `resized`: by `resize`, which is not to be done again."""
 
     @abstractmethod
     def encode_audio(self, waves: list[np.ndarray]) -> list[StreamFeatures]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.image_utils import SizeDict
 
 from models.attention import IMPLEMENTATION, Kind
 from models.avllm import AUDIO_RATE, AVLLM, ModelError
@@ -88,10 +89,28 @@ class Qwen25Omni(AVLLM):
         stock = type(self.processor).videos_kwargs["size"]
         return saved if saved["longest_edge"] < stock["longest_edge"] else stock
 
-    def encode_video(self, videos: list[np.ndarray]) -> list[StreamFeatures]:
+    def resize(self, frames: np.ndarray) -> np.ndarray:
+        processor = self.processor.video_processor
+        try:
+            small = processor.resize(
+                torch.as_tensor(frames)[None],
+                size=SizeDict(**self.video_size),
+                resample=processor.resample,
+                factor=processor.patch_size * processor.merge_size,
+                temporal_factor=processor.temporal_patch_size,
+                cap_pixels_per_frame=False,
+            )
+        except ValueError as error:  # a picture 200 times as wide as high
+            raise ModelError(
+                f"frames of {frames.shape[2]} x {frames.shape[3]} pixels are refused by this model's processor: {error}. Crop them."
+            ) from error
+        return small[0].numpy()
+
+    def encode_video(self, videos: list[np.ndarray], resized: bool = False) -> list[StreamFeatures]:
         inputs = self.processor.video_processor(
             videos=[torch.as_tensor(v) for v in videos],
             size=self.video_size,
+            do_resize=not resized,
             do_sample_frames=False,
             cap_pixels_per_frame=False,
             return_tensors="pt",

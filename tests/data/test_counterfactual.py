@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from data.clips import Clip, Clips
 from data.counterfactual import assign, choose_swaps, make_grid, similarities
-from data.media import read_audio, read_video, stream_hashes
+from data.media import MediaError, read_audio, read_video, stream_hashes, write_mp4
 
 
 def clip(name: str, seen: str, heard: str, label: str | None = None) -> Clip:
@@ -121,3 +122,25 @@ def test_grid_of_real_clips(small: Clips, tmp_path: Path) -> None:
         assert (swap.video_sha256, swap.audio_sha256) == stream_hashes(tmp_path / swap.file) == (seen.video_sha256, heard.audio_sha256)
         assert np.array_equal(read_video(tmp_path / swap.file, 4), read_video(small.path(seen), 4))
         assert np.array_equal(read_audio(tmp_path / swap.file), read_audio(small.path(heard)))
+
+
+def test_grid_of_clips_of_unequal_length(tmp_path: Path) -> None:
+    """9.8 and 10 s: each stream is the same, whole, in both cells that hold it."""
+    (tmp_path / "media").mkdir()
+    rows = []
+    for name, frames, seconds in (("i", 39, 9.8), ("j", 40, 10.0)):
+        file = tmp_path / f"media/{name}.mp4"
+        shades = np.linspace(20, 220, frames).astype(np.uint8)[:, None, None, None]
+        write_mp4(
+            file, np.broadcast_to(shades, (frames, 64, 64, 3)), 4, np.sin(np.arange(round(seconds * 16_000)) / len(name) / seconds).astype(np.float32)
+        )
+        rows.append(replace(clip(name, name, name), **dict(zip(("video_sha256", "audio_sha256"), stream_hashes(file), strict=True))))
+    i, j = rows
+    (ox, xo), _ = make_grid(tmp_path, i, j)
+    for swap, seen, heard in ((ox, i, j), (xo, j, i)):
+        assert (swap.video_sha256, swap.audio_sha256) == (seen.video_sha256, heard.audio_sha256) == stream_hashes(tmp_path / swap.file)
+        assert np.array_equal(read_video(tmp_path / swap.file, 4), read_video(tmp_path / seen.file, 4))
+        assert np.array_equal(read_audio(tmp_path / swap.file), read_audio(tmp_path / heard.file))
+    with pytest.raises(MediaError, match=r"i\.mp4: its picture is not the one of its hash in clips\.jsonl .* build the folder again"):
+        make_grid(tmp_path, replace(i, video_sha256="0" * 64), j)
+    assert not (tmp_path / "media/i__j.mp4").exists()
