@@ -77,7 +77,7 @@ def test_catches_in_other_precisions(tiny_folder, monkeypatch, dtype, fault):
     if dtype == torch.bfloat16 and wrong is shifted:
         wrong = partialmethod(shifted, by=1.25)
     monkeypatch.setattr(where, name, wrong)
-    with pytest.raises(CutError, match="not the whole pass|does nothing"):
+    with pytest.raises(CutError, match=r"not the whole pass|does nothing"):
         self_check(model, clip_of(model, 0), HEAR)
 
 
