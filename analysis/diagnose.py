@@ -383,7 +383,9 @@ class _Diagnosis:
 
     def _shift(self) -> ShiftTally:
         if self.base is None:
-            self.findings.left_out.append("Token shift: this model has no vision-language base, so its proxy is the same model without its sound and its adapter.")
+            self.findings.left_out.append(
+                "Token shift: this model has no vision-language base, so its proxy is the same model without its sound and its adapter."
+            )
         return ShiftTally(self.subject, self.base)
 
 

@@ -53,14 +53,14 @@ def check_tokens(model: AVLLM, base: AVLLM, ids: Collection[int] | None = None) 
     if ids is None:
         special = model.tokenizer.get_added_vocab()
         ids = {i for token, i in ours.items() if token not in special} | {model.end_id}
-        if base.end_id != model.end_id:
-            raise ModelError(f"{base.path} ends its answers with token {base.end_id}, {model.path} with {model.end_id}: {ANOTHER_BASE}")
     other = {i: token for token, i in theirs.items()}
     if wrong := [(i, token) for token, i in ours.items() if i in ids and other.get(i) != token]:
         i, token = min(wrong)
         raise ModelError(
             f"{base.path}: {len(wrong)} tokens are not those of {model.path}, e.g. {i} is {other.get(i)!r} and not {token!r}: {ANOTHER_BASE}"
         )
+    if base.end_id != model.end_id:
+        raise ModelError(f"{base.path} ends its answers with token {base.end_id}, {model.path} with {model.end_id}: {ANOTHER_BASE}")
 
 
 class ShiftTally(Tally):

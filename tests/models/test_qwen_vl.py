@@ -54,8 +54,17 @@ def test_same_tokens_and_logits_as_the_stock_model(base, mp4s, n, monkeypatch):
     assert (rows - stock(base, frames[::-1].copy(), QUESTION, ANSWER)[1][-len(rows) - 1 : -1]).abs().max() > 1e-3  # the picture matters
 
 
+def test_inner_features_of_qwen3_matter(base, mp4s, monkeypatch):
+    """That the comparison above would see it if they were lost."""
+    if base.family == "qwen3_vl":
+        media, suffix = Media(base.encode_video([read_video(mp4s[0], base.fps)])[0], None), base.suffix(QUESTION, ANSWER)
+        whole = base.extend(base.prefill([media]), [0], [suffix]).logits
+        monkeypatch.setattr(base, "deeper", lambda *_: {})
+        assert (base.extend(base.prefill([media]), [0], [suffix]).logits - whole).abs().max() > 1e-2
+
+
 def test_without_a_picture_it_is_the_language_model(base, mp4s):
-    ids, expected = stock(base, [], QUESTION, ANSWER, video=False)
+    _, expected = stock(base, [], QUESTION, ANSWER, video=False)
     suffix = base.suffix(QUESTION, ANSWER)
     got = base.extend(base.prefill([Media(None, None)]), [0], [suffix]).logits[0]
     torch.testing.assert_close(got, expected[-len(suffix.targets) - 1 : -1], atol=1e-4, rtol=0)
