@@ -6,15 +6,14 @@ nats a token. A model that truly listens must say event words that its base, whi
 
 Tokens of hear- and see-answers are pooled. Classes: `audio_event`, tokens of a known sound phrase's content words in a hear-answer;
 `first_event`, the first of them in each answer that has one; `visual`, tokens of a known object phrase's content words in a see-answer;
-`rest`, everything else, the end token included; `all`. Where a model has no base, the proxy is the model itself without its sound, and the
-findings say so.
+`rest`, everything else, the end token included; `all`. Where a model has no base, the proxy is the model itself without its sound and without its
+adapter, so that it is the same before and after training, and the findings say so.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -26,8 +25,9 @@ from analysis.tally import Record, Tally
 from analysis.visits import MODALITIES, Subject, Visit, forced
 from data.clips import Clip
 from data.questions import Modality
-from models import AVLLM
+from models import AVLLM, ModelError
 
+ANOTHER_BASE = "give a base of the same vocabulary with --base, or leave token shift out with --shift 0."
 CLASSES = ("all", "audio_event", "visual", "rest", "first_event")
 
 
@@ -44,27 +44,54 @@ def ranks_and_kl(logits: torch.Tensor, base_logits: torch.Tensor, targets: torch
     return rank, (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 
 
+def check_tokens(model: AVLLM, base: AVLLM, ids: Collection[int] | None = None) -> None:
+    """Raise ModelError where one of these ids (by default every ordinary token and the end token) is not the same token in both vocabularies.
+
+    Names of special tokens differ between Qwen2.5-Omni and Qwen's vision-language models; no answer is made of them.
+    """
+    ours, theirs = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
+    if ids is None:
+        special = model.tokenizer.get_added_vocab()
+        ids = {i for token, i in ours.items() if token not in special} | {model.end_id}
+    other = {i: token for token, i in theirs.items()}
+    if wrong := [(i, token) for token, i in ours.items() if i in ids and other.get(i) != token]:
+        i, token = min(wrong)
+        raise ModelError(
+            f"{base.path}: {len(wrong)} tokens are not those of {model.path}, e.g. {i} is {other.get(i)!r} and not {token!r}: {ANOTHER_BASE}"
+        )
+    if base.end_id != model.end_id:
+        raise ModelError(f"{base.path} ends its answers with token {base.end_id}, {model.path} with {model.end_id}: {ANOTHER_BASE}")
+
+
 class ShiftTally(Tally):
-    """Shift of the spoken answers of all visits. `base`: the vision-language base, or None for the proxy."""
+    """Shift of the spoken answers of all visits. `base`: the vision-language base, or None for the proxy.
+
+    Raises ModelError for a base whose tokens are not the model's, since answers go through it token by token.
+    """
 
     def __init__(self, subject: Subject, base: AVLLM | None):
         self.subject, self.base = subject, base
+        if base is not None:
+            check_tokens(subject.model, base)
+            base.fps = subject.model.fps  # the same frames
         self._tokens: dict[str, list[tuple[Clip, str, bool, int, float]]] = {}  # condition -> (clip, class, first event, rank, KL)
         self._classes: dict[tuple[tuple[int, ...], str], list[str]] = {}
-
-    @cached_property
-    def speaks_alike(self) -> bool:
-        """Whether base and model turn text into the same tokens; if not, nothing can be teacher-forced."""
-        return self.base is None or self.base.tokenizer.get_vocab() == self.subject.model.tokenizer.get_vocab()
 
     def measure(self, visit: Visit) -> Record:
         """Run the visit's answers through the base on the same frames without sound."""
         silent, record = self.base or self.subject.model, Record(rows=[], classes=[], first=[], ranks=[], kl=[])
-        media = [silent.media(clip, self.subject.clips.root, audio=False) for clip in visit.clips]
-        prefix = silent.prefill(media)
-        for modality in MODALITIES:
-            spoken, answers = visit.spoken(modality), visit.answer_ids(modality)
-            base = silent.extend(prefix, range(len(answers)), [forced(silent, modality, ids) for ids in answers])
+        said = {modality: (visit.spoken(modality), visit.answer_ids(modality)) for modality in MODALITIES}
+        with silent.adapter_off():  # answers are the adapted model's, and done
+            media = [silent.media(clip, self.subject.clips.root, audio=False) for clip in visit.clips]
+            prefix = silent.prefill(media)
+            heard_nothing = {
+                modality: silent.extend(prefix, range(len(answers)), [forced(silent, modality, ids) for ids in answers])
+                for modality, (_, answers) in said.items()
+            }
+        for modality, (spoken, answers) in said.items():
+            if self.base is not None:
+                check_tokens(self.subject.model, self.base, {token for ids in answers for token in ids})
+            base = heard_nothing[modality]
             rank, kl = (x.cpu() for x in ranks_and_kl(spoken.logits, base.logits, spoken.targets.clamp_min(0)))
             for row, ids in enumerate(answers):
                 key = (tuple(ids), modality)

@@ -289,6 +289,7 @@ class AVLLM(ABC):
                 use_cache=True,
                 output_hidden_states=hidden,
                 instruments=Instruments(now, cuts) if cuts is not None else None,
+                **self.deeper(media, ids, at, at + step),
             )
             states.append(out.hidden_states)
         return Prefix(
@@ -586,6 +587,10 @@ class AVLLM(ABC):
     @abstractmethod
     def encode_audio(self, waves: list[np.ndarray]) -> list[StreamFeatures]:
         """Towers on mono float32 waves at 16 kHz."""
+
+    def deeper(self, media: Sequence[Media], ids: torch.Tensor, start: int, stop: int) -> dict[str, Any]:
+        """What the decoder is given besides embeddings for columns [start, stop) of these prompts, ids (N, P): see StreamFeatures.deep."""
+        return {}
 
     @abstractmethod
     def media_layout(self, video: tuple[int, ...] | None, audio: tuple[int, ...] | None) -> Layout:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from models import qwen2_5_omni, smolomni
+from models import qwen2_5_omni, qwen_vl, smolomni
 from models.avllm import AVLLM, ModelError
 
 FAMILIES = {
     **dict.fromkeys(qwen2_5_omni.MODEL_TYPES, qwen2_5_omni.Qwen25Omni),
     smolomni.SmolOmniConfig.model_type: smolomni.SmolOmni,
+    qwen_vl.Qwen25VL.family: qwen_vl.Qwen25VL,  # these two hear nothing: bases of token shift
+    qwen_vl.Qwen3VL.family: qwen_vl.Qwen3VL,
 }
 
 
@@ -28,8 +31,27 @@ def load_model(
     """Load a model folder (or hub id), and optionally a PEFT adapter on top.
 
     base: folder of the vision-language base for token shift; by default what the model folder's avbalance.json names.
-    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, or an adapter of another model.
+    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, an adapter of another model, or a given
+    base that is no model; the base itself is loaded by who uses it.
     """
+    folder, family = Path(path), family_of(path)
+    if base is not None:
+        family_of(base)
+    note = folder / "avbalance.json"
+    if base is None and note.is_file():
+        named = json.loads(note.read_text()).get("base")
+        base = str((folder / named).resolve()) if named else None
+    try:
+        model = family.load(path, device, dtype, base)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    if adapter is not None:
+        attach_adapter(model, adapter)
+    return model
+
+
+def family_of(path: str | Path) -> Any:
+    """The class for this folder or hub id, by its config.json. Raises ModelError where there is none."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ModelError(f"{path} is no model: it has no config.json. Give the folder of a checkpoint, such as models/organism/avllm.")
@@ -41,17 +63,7 @@ def load_model(
         raise ModelError(f"{path} is no model that transformers can read: {str(error).splitlines()[0]}") from None
     if config.model_type not in FAMILIES:
         raise ModelError(f"{path} is a {config.model_type} model; the families here are {', '.join(FAMILIES)}.")
-    note = folder / "avbalance.json"
-    if base is None and note.is_file():
-        named = json.loads(note.read_text()).get("base")
-        base = str((folder / named).resolve()) if named else None
-    try:
-        model = FAMILIES[config.model_type].load(path, device, dtype, base)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{path}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
-    if adapter is not None:
-        attach_adapter(model, adapter)
-    return model
+    return FAMILIES[config.model_type]
 
 
 def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -> None:

@@ -17,10 +17,14 @@ from models.attention import Cuts, Instruments, MassTap, real_rows
 
 @dataclass(frozen=True)
 class StreamFeatures:
-    """What the frozen tower made of one stream. features: (tokens, hidden). size: (t, h, w) patches of a video, (mel frames,) of audio."""
+    """What the frozen tower made of one stream. features: (tokens, hidden). size: (t, h, w) patches of a video, (mel frames,) of audio.
+
+    deep: (layers, tokens, hidden) what a family adds to the same rows after each of its first decoder layers, or None.
+    """
 
     features: torch.Tensor
     size: tuple[int, ...]
+    deep: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def corpus() -> list[str]:
     return lines
 
 
-def build_tokenizer(lines: Sequence[str], size: int = 704) -> Qwen2Tokenizer:
-    """Byte-level BPE of Qwen's own tokenizer class, with Qwen2.5-Omni's special tokens."""
+def build_tokenizer(lines: Sequence[str], size: int = 704, special: Mapping[str, str] = SPECIAL_TOKENS) -> Qwen2Tokenizer:
+    """Byte-level BPE of Qwen's own tokenizer class, with the `special` tokens, Qwen2.5-Omni's unless others are given."""
     # The class's own pre-tokenizer regex is applied before byte-level splitting; using it here makes the learned merges reachable.
     blank: Any = Qwen2Tokenizer()
     stock = blank._tokenizer.pre_tokenizer
@@ -48,11 +48,11 @@ def build_tokenizer(lines: Sequence[str], size: int = 704) -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     raw.train_from_iterator(lines, trainer)
     vocab, merges = raw.get_vocab(), raw_merges(raw)
-    for token in (*CONTROL, *SPECIAL_TOKENS.values()):
+    for token in (*CONTROL, *special.values()):
         vocab.setdefault(token, len(vocab))
     return Qwen2Tokenizer(
         vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>",
-        extra_special_tokens={"im_start_token": "<|im_start|>", **SPECIAL_TOKENS},
+        extra_special_tokens={"im_start_token": "<|im_start|>", **special},
     )  # fmt: skip
 
 

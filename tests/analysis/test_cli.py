@@ -68,6 +68,19 @@ def test_diagnose_refuses_what_is_no_model(clips, tmp_path, capsys):
     assert "no config.json" in line and not (tmp_path / "f.json").exists()
 
 
+@pytest.mark.parametrize("kind", ["nowhere", "empty folder", "another kind of model"])
+def test_diagnose_refuses_a_wrong_base(model_folder, clips, tmp_path, capsys, kind):
+    """At once, also where token shift is not asked for."""
+    base = tmp_path / "base"
+    if kind != "nowhere":
+        base.mkdir()
+    if kind == "another kind of model":
+        (base / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    arguments = ["diagnose", "--model", model_folder, "--base", base, "--clips", clips.root, "--out", tmp_path / "f.json", *FEW]
+    line = refused(arguments, capsys)
+    assert str(base) in line and not (tmp_path / "f.json").exists()
+
+
 def test_diagnose_refuses_missing_clips(model_folder, tmp_path, capsys):
     assert "does not exist" in refused(["diagnose", "--model", model_folder, "--clips", tmp_path / "none", "--out", tmp_path / "f.json"], capsys)
 

@@ -1,6 +1,7 @@
 """The self-check catches instruments that do nothing or something else, and cannot be gone around."""
 
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -34,6 +35,56 @@ def test_passes_in_bfloat16_and_with_an_adapter(tiny_folder, media):
     model = load_model(tiny_folder, dtype=torch.bfloat16)
     model.add_lora(model.lora_targets([0, 2], ["q_proj", "v_proj"]), r=2, alpha=4)
     self_check(model, media[0], HEAR)
+
+
+def random_model(folder, dtype, seed, gain):
+    """Random projections that let a row through at `gain` times its size: the larger, the more rounding matters."""
+    model, generator = load_model(folder, dtype=dtype), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.text_model.named_parameters():
+            if "proj" in name and parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * parameter.shape[1] ** -0.5)
+    return model
+
+
+def clip_of(model, seed):
+    """4 s of random features."""
+    generator, sizes = torch.Generator().manual_seed(seed), ((4, 6, 6), (400,))
+    ids = model.layout(Media(*(StreamFeatures(torch.empty(0), size) for size in sizes))).ids
+    rows = [int((ids == token).sum()) for token in (model.video_id, model.audio_id)]
+    return Media(*(StreamFeatures(torch.randn(n, model.hidden_size, generator=generator), s) for n, s in zip(rows, sizes, strict=True)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_passes_in_bfloat16_however_much_rounding_moves_a_model(tiny_folder, seed):
+    """Of these the second is 7.7 % of its largest logit from the stock attention, as the stock attentions are from each other."""
+    model = random_model(tiny_folder, torch.bfloat16, seed + 1, 2.0)
+    self_check(model, clip_of(model, seed), HEAR)
+
+
+def test_passes_in_float64(tiny_folder):
+    """The stock softmax is float32's there too, and so are the attention of reuse and the tolerance."""
+    model = random_model(tiny_folder, torch.float64, 1, 1.0)
+    self_check(model, clip_of(model, 0), HEAR)
+
+
+@pytest.mark.parametrize("fault", ["no cut in one pass", "wrong states are shared", "no cut in decoding", "reuse is another attention"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_catches_in_other_precisions(tiny_folder, monkeypatch, dtype, fault):
+    """What rounding hides is larger in bfloat16: there the scale of attention is a quarter off, not a hundredth."""
+    model = random_model(tiny_folder, dtype, 1, 1.0)
+    where, name, wrong = FAULTS[fault]
+    if dtype == torch.bfloat16 and wrong is shifted:
+        wrong = partialmethod(shifted, by=1.25)
+    monkeypatch.setattr(where, name, wrong)
+    with pytest.raises(CutError, match=r"not the whole pass|does nothing"):
+        self_check(model, clip_of(model, 0), HEAR)
+
+
+def test_a_model_that_rounding_turns_upside_down_is_refused(tiny_folder):
+    model = random_model(tiny_folder, torch.bfloat16, 1, 12.0)
+    with pytest.raises(CutError, match="Load it in float32"):
+        self_check(model, clip_of(model, 0), HEAR)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -110,9 +161,9 @@ def half_blocked(self, layer, rows, keys, original=Instruments.blocked):
     return blocked
 
 
-def shifted(self, query, key, value, scaling, original=Packed.attend):
+def shifted(self, query, key, value, scaling, original=Packed.attend, by=1.01):
     """Reuse that is slightly off."""
-    return original(self, query, key, value, scaling * 1.01)
+    return original(self, query, key, value, scaling * by)
 
 
 FAULTS = {
@@ -138,7 +189,9 @@ def test_catches(fresh, media, monkeypatch, fault):
 def test_catches_text_after_the_largest_position(fresh, media, monkeypatch):
     """Where the stock model has it is another place when the sound is short; no cut is needed to see it."""
 
-    def largest(self, *sizes, original=type(fresh).media_layout):
+    original = type(fresh).media_layout
+
+    def largest(self, *sizes):
         layout = original(self, *sizes)
         return replace(layout, next_position=int(layout.positions.max()) + 1)
 
