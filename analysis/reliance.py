@@ -37,14 +37,15 @@ class FollowingTally(Tally):
         self._clips: dict[str, list[Clip]] = {}
         self._streams: dict[str, tuple[bool, bool]] = {}
         self._verdicts: dict[tuple[str, Modality], list[Verdict]] = {}
+        self._cut_off: dict[tuple[str, Modality], list[bool]] = {}
 
     def measure(self, visit: Visit) -> Record:
         """Ask every clip of the visit every question."""
         record: Record = {"streams": [visit.video, visit.audio], "answers": {m: visit.answers(m) for m in self.modalities}, "verdicts": {}}
+        record["cut_off"] = {m: [visit.subject.cut_off(ids) for ids in visit.answer_ids(m)] for m in self.modalities}
         for modality in self.modalities:
-            phrases = visit.subject.phrases[modality]
             record["verdicts"][modality] = [
-                verdict(answer, clip, modality, phrases, visit.video, visit.audio)
+                verdict(answer, clip, modality, visit.subject.reader, visit.video, visit.audio)
                 for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
             ]
         return record
@@ -53,9 +54,10 @@ class FollowingTally(Tally):
         self._clips.setdefault(condition, []).extend(clips)
         self._streams[condition] = tuple(record["streams"])
         for modality in self.modalities:
-            said = record["verdicts"][modality]
+            said, cut_off = record["verdicts"][modality], record["cut_off"][modality]
             self._verdicts.setdefault((condition, modality), []).extend(said)
-            for clip, answer, what in zip(clips, record["answers"][modality], said, strict=True):
+            self._cut_off.setdefault((condition, modality), []).extend(cut_off)
+            for clip, answer, what, ended in zip(clips, record["answers"][modality], said, cut_off, strict=True):
                 self.samples.append(
                     Sample(
                         clip=clip.id,
@@ -69,6 +71,7 @@ class FollowingTally(Tally):
                         verdict=what,
                         video_source=clip.video_source,
                         audio_source=clip.audio_source,
+                        cut_off=ended,
                     )
                 )
 
@@ -80,8 +83,8 @@ class FollowingTally(Tally):
             video, audio = streams
             given = [(clip.video_label if video else "", clip.audio_label if audio else "") for clip in clips]
             columns = [[what == v for what in said] for v in VERDICTS]
-            columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)]]
-            measures = (*VERDICTS, "correct")
+            columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)], self._cut_off[condition, modality]]
+            measures = (*VERDICTS, "correct", "cut_off")
             keys = [Key("following", condition, modality, "", measure) for measure in measures]
             shares = items.clips(clips, *streams).rates(keys, np.array(columns).T)
             out.append(Following(condition, modality, **dict(zip(measures, shares, strict=True))))
