@@ -211,7 +211,7 @@ class Judge:
 
         out = self.out or self.findings
         _writable(out)
-        unread = None
+        unread, at_zero = None, True
         given = ((self.in_flight, "in-flight"), (self.timeout, "timeout"), (self.retries + 1, "retries"), (self.max_tokens, "max-tokens"))
         for value, name in given:
             if value <= 0:
@@ -230,11 +230,13 @@ class Judge:
                 with ReplyCache(self.cache or self.findings.with_suffix(".replies.jsonl")) as cache:
                     judge = LLMJudge(self.base_url, self.model, cache, self.in_flight, self.timeout, self.retries, self.max_tokens)
                     add_scores(findings, judge)
-                    unread = judge.unread()
+                    unread, at_zero = judge.unread(), judge.at_zero
         except JudgeError as error:
             raise UsageError(f"{self.findings}: {error}") from None
         findings.save(out)
         console.print(fidelity_table(findings.fidelity), agreement_table(agreement(findings.captions)), sep="\n")
+        if not at_zero:
+            console.print(f"{self.base_url} refuses temperature 0 and was asked at its own: another run may score differently.")
         if unread is not None:
             console.print(f"Some replies could not be read: {unread}")
         console.print(f"Findings are in {out}.")

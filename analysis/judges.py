@@ -218,8 +218,8 @@ _CUT_OFF = frozenset({"length", "max_tokens", "content_filter"})  # of the finis
 
 
 def _objects(text: str) -> Iterable[Any]:
-    """What of a reply may be its JSON, the most certain first: what stands after the thinking, all of it, in the last code fence, or from the start of
-    a line to the end.
+    """What of a reply may be its JSON, the most certain first: what stands after the thinking, all of it, in the last code fence, or from the start
+    of a line to the end.
     """
     text = _THOUGHT.sub("", text.replace("\ufeff", "")).strip()
     candidates = [text, *reversed(_FENCED.findall(text)), *(text[at.start() :] for at in re.finditer(r"^\{", text, re.MULTILINE))]
@@ -229,8 +229,8 @@ def _objects(text: str) -> Iterable[Any]:
 
 
 def parse_reply(reply: Reply) -> Reading | None:
-    """A judge's reply, strictly: the four keys, numbers from 0 to 1, lists of words. It may think first, in tags or on lines before, and put its JSON into
-    a code fence. None for anything else, and for replies that were cut off.
+    """A judge's reply, strictly: the four keys, numbers from 0 to 1, lists of words. It may think first, in tags or on lines before, and put its JSON
+    into a code fence. None for anything else, and for replies that were cut off.
     """
     values = next((v for v in _objects(reply.text) if isinstance(v, dict)), {})
     if reply.finish in _CUT_OFF or values.keys() != {"video", "audio", "invented_video", "invented_audio"}:
@@ -260,7 +260,8 @@ def _reply_of(choice: Any) -> Reply:
 def _accepted(said: Mapping[str, Any], error: Any) -> dict[str, Any] | None:
     """What to say instead, where a request was refused for a parameter; None where it was refused for something else."""
     told = f"{error.message} {getattr(error, 'param', None) or ''}"
-    if "max_tokens" in said and "max_completion_tokens" in told:
+    unknown = re.search(r"(?i)unsupported|not supported|unknown|unrecogni[sz]ed|unexpected|not permitted", told)
+    if "max_tokens" in said and ("max_completion_tokens" in told or (unknown and "max_tokens" in told)):
         return {**{name: value for name, value in said.items() if name != "max_tokens"}, "max_completion_tokens": said["max_tokens"]}
     if "temperature" in said and "temperature" in told:
         return {name: value for name, value in said.items() if name != "temperature"}
@@ -273,9 +274,9 @@ MAX_TOKENS = 2048  # longest reply of a judge: an answer is 60 tokens, the think
 class LLMJudge:
     """A language model behind an OpenAI-compatible endpoint, at temperature 0. The key is OPENAI_API_KEY of the environment, where one is needed.
 
-    Replies that could be read are kept in `cache` as they come, so a run that was stopped goes on where it was. Time-outs, rate limits (Retry-After is
-    honoured, up to two minutes) and errors of the server are tried `retries` times again, with growing pauses. A reply that cannot be read is asked for
-    once more, then the caption is unparsed; the next run asks again. `in_flight` requests run at a time.
+    Replies that could be read are kept in `cache` as they come, so a run that was stopped goes on where it was. Time-outs, rate limits (Retry-After
+    is honoured, up to two minutes) and errors of the server are tried `retries` times again, with growing pauses. A reply that cannot be read is
+    asked for once more, then the caption is unparsed; the next run asks again. `in_flight` requests run at a time.
 
     `max_tokens`: longest reply, thinking included; replies end by themselves, so more costs nothing. An endpoint that wants it under the name
     max_completion_tokens gets it so; one that refuses temperature 0 is asked at its own temperature.
@@ -337,6 +338,11 @@ class LLMJudge:
         if failed is not None:
             raise self._explained(failed) from None
         return [future.result() for future in futures]
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether the endpoint was asked at temperature 0: it was not where it refused that."""
+        return "temperature" in self._said
 
     def unread(self) -> str | None:
         """What the replies looked like that could not be read, and what to set; None where all could."""
