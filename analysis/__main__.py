@@ -29,7 +29,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from analysis.findings import Findings, FindingsError
 from analysis.judge_cache import CacheError, ReplyCache
-from analysis.judges import THRESHOLD, EmbeddingJudge, JudgeError, JudgeName, LabelsJudge, LLMJudge
+from analysis.judges import MAX_TOKENS, THRESHOLD, EmbeddingJudge, JudgeError, JudgeName, LabelsJudge, LLMJudge
 from analysis.settings import DiagnoseSettings, SettingsError
 from data.clips import DataError
 
@@ -201,6 +201,8 @@ class Judge:
     """llm: seconds to wait for a reply."""
     retries: int = 6
     """llm: further attempts after time-outs, rate limits and errors of the server, with growing pauses."""
+    max_tokens: int = MAX_TOKENS
+    """llm: longest reply, thinking included."""
 
     def run(self, console: Console) -> None:
         """Load, judge, write, show."""
@@ -209,13 +211,15 @@ class Judge:
 
         out = self.out or self.findings
         _writable(out)
-        for value, name in ((self.in_flight, "in-flight"), (self.timeout, "timeout"), (self.retries + 1, "retries")):
+        unread, at_zero = None, True
+        given = ((self.in_flight, "in-flight"), (self.timeout, "timeout"), (self.retries + 1, "retries"), (self.max_tokens, "max-tokens"))
+        for value, name in given:
             if value <= 0:
                 raise UsageError(f"--{name} is too small: it has to be {'0 or more' if name == 'retries' else 'above 0'}.")
         findings = Findings.load(self.findings)
         try:
             if self.judge == "labels":
-                add_scores(findings, LabelsJudge(findings.labels))
+                add_scores(findings, LabelsJudge(findings.labels, findings.synonyms or None))
             elif self.judge == "embedding":
                 if self.model is None:
                     raise UsageError("--judge embedding needs --model: the folder or hub id of a sentence-embedding model.")
@@ -224,11 +228,17 @@ class Judge:
                 if self.model is None or self.base_url is None:
                     raise UsageError("--judge llm needs --base-url and --model: an OpenAI-compatible endpoint and a model that it serves.")
                 with ReplyCache(self.cache or self.findings.with_suffix(".replies.jsonl")) as cache:
-                    add_scores(findings, LLMJudge(self.base_url, self.model, cache, self.in_flight, self.timeout, self.retries))
+                    judge = LLMJudge(self.base_url, self.model, cache, self.in_flight, self.timeout, self.retries, self.max_tokens)
+                    add_scores(findings, judge)
+                    unread, at_zero = judge.unread(), judge.at_zero
         except JudgeError as error:
             raise UsageError(f"{self.findings}: {error}") from None
         findings.save(out)
         console.print(fidelity_table(findings.fidelity), agreement_table(agreement(findings.captions)), sep="\n")
+        if not at_zero:
+            console.print(f"{self.base_url} refuses temperature 0 and was asked at its own: another run may score differently.")
+        if unread is not None:
+            console.print(f"Some replies could not be read: {unread}")
         console.print(f"Findings are in {out}.")
 
 

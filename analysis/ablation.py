@@ -52,6 +52,10 @@ MEASURES = {
         "abstains", "says “nothing”, the lowest of muted and near-silent (asked what it hears), blanked and near-black clips (what it sees)"
     ),
     "false_abstention": Shown("false abstention", "says “nothing” though there is a sound, asked what it hears on conflicts"),
+    "unparsed_hear": Shown("unparsed, hear", "names nothing known and does not say that there is nothing, asked what it hears on conflicts"),
+    "unparsed_see": Shown("unparsed, see", "the same, asked what it sees"),
+    "cut_off_hear": Shown("cut off, hear", "the answer ended at the token limit, asked what it hears on conflicts"),
+    "cut_off_see": Shown("cut off, see", "the same, asked what it sees"),
     "caption_sound": Shown("captions, sound", "sound side of captions of conflicts, asked about both"),
     "caption_picture": Shown("captions, picture", "picture side of the same captions"),
     "perplexity": Shown("perplexity", "of plain text without picture and sound; its change is a share of what it was", rate=False),
@@ -386,6 +390,10 @@ def _keys(name: str, findings: Findings) -> list[list[Key]]:
             return [[key] for key in keys if _kept(findings, [key]) is not None]
         case "false_abstention":
             return [[Key("following", "counterfactual", "hear", "", "nothing")]]
+        case "unparsed_hear" | "unparsed_see" | "cut_off_hear" | "cut_off_see":
+            measure, _, question = name.rpartition("_")
+            key = Key("following", "counterfactual", question, "", measure)
+            return [[key]] if _kept(findings, [key]) else []
         case "perplexity" | "plain_questions":
             key = Key("language", None, None, "", "nll" if name == "perplexity" else "right")
             return [[key]] if _kept(findings, [key]) else []

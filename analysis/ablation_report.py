@@ -22,6 +22,7 @@ from analysis.findings import Estimate
 from analysis.tables import effect, number, percent, relative
 from data.files import write_text
 
+UNREAD = ("unparsed", "cut_off")  # first parts of the names of measures that say what rates of answers leave out
 COLUMNS = tuple(name for name in MEASURES if name != "factual")
 EXPLAINED = (
     "± is the standard deviation over seeds. Differences are against the reference arm, clip by clip, all seeds pooled; their 95 % intervals "
@@ -45,12 +46,15 @@ def ablation_tables(ablation: Ablation) -> list[Table]:
             cells = [value_and_spread(name, row.measures.get(name)).partition(" ")[0] for name in shown]
             cells += [_perplexity(row.measures.get(name)) for name in spoken]
             table.add_row(row.arm, *cells, difference("worst", row.measures.get("worst")))
+        unread = {what: [m.estimate.value or 0.0 for row in _rows(one) for n, m in row.measures.items() if n.startswith(what)] for what in UNREAD}
         counts = ", ".join(f"{row.arm} {len(row.seeds)}" for row in one.arms)
         meant = (
             "hear, see: right on conflicts, in %; factual: the lower of both on factual clips; index: Shortcut Index of hear-questions, 0 is ideal."
         )
         meant += " perplexity: of plain text, its change by training." if spoken else ""
-        table.caption = "\n".join([f"{meant} {EXPLAINED.partition('. ')[2]}", f"Seeds: {counts}.", *one.left_out])
+        most = ", ".join(f"{what.replace('_', ' ')} {100 * max(shares):.1f} %" for what, shares in unread.items() if shares)
+        beside = [f"Of the answers on conflicts, at most in any row: {most}."] if most else []
+        table.caption = "\n".join([f"{meant} {EXPLAINED.partition('. ')[2]}", *beside, f"Seeds: {counts}.", *one.left_out])
         tables.append(table)
     return tables
 

@@ -1,7 +1,7 @@
 """Free captions: greedy answers to see-, hear- and both-questions, with and without cuts, as the labels judge reads them (analysis/judges.py).
 
-    CaptionTally(subject.labels)                       # uncut
-    CaptionTally(subject.labels, cuts=[Cut.at(…), …])  # under cuts
+    CaptionTally(subject.labels, synonyms=subject.synonyms)                       # uncut
+    CaptionTally(subject.labels, cuts=[Cut.at(…), …], synonyms=subject.synonyms)  # under cuts
     fidelity_rows(tally.captions)                      # what it comes to (analysis/fidelity.py)
 
 The answers are kept in the findings, so that other judges can read them later without the model (analysis/fidelity.py).
@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from analysis.findings import Caption
 from analysis.judges import Labels, LabelsJudge
+from analysis.synonyms import Synonyms
 from analysis.tally import Record, Tally
-from analysis.visits import Visit
+from analysis.visits import Subject, Visit
 from data.clips import Clip
 from data.questions import MODALITIES, Modality, question
 from models import Cut
@@ -24,27 +25,36 @@ from models import Cut
 class CaptionTally(Tally):
     """Greedy captions of all visits, with and without cuts, and what the labels judge reads in them.
 
-    `labels`: class -> (seen, heard), the events that the judge knows. `cuts`: what captions are given under; None is no cut.
+    `labels`: class -> (seen, heard), the events that the judge knows, and `synonyms` of them (analysis.events.Reader). `cuts`: what captions are
+    given under; None is no cut.
     """
 
-    def __init__(self, labels: Labels, modalities: Sequence[Modality] = MODALITIES, cuts: Sequence[Cut | None] = (None,)):
+    def __init__(
+        self,
+        labels: Labels,
+        modalities: Sequence[Modality] = MODALITIES,
+        cuts: Sequence[Cut | None] = (None,),
+        synonyms: Synonyms | None = None,
+    ):
         self.modalities, self.cuts = modalities, cuts
         self.captions: list[Caption] = []
-        self._judge = LabelsJudge(labels)
+        self._judge = LabelsJudge(labels, synonyms)
 
     def measure(self, visit: Visit) -> Record:
-        """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip]], …]}.
+        """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip], [whether it ended at the
+        limit]], …]}.
 
         Uncut see- and hear-answers are those of the visit. Cuts into media rows need a prefix each, which all questions share.
         """
-        answers: dict[tuple[Modality, Cut | None], list[str]] = {}
+        answers: dict[tuple[Modality, Cut | None], list[list[int]]] = {}
+        subject = visit.subject
         cuts = self.cuts
         count = range(len(visit.clips))
         plain = [cut for cut in cuts if cut is not None and not cut.cuts_media]
         for modality in self.modalities:
             if None in cuts:
                 asked_already = modality != "both"
-                answers[modality, None] = visit.answers(modality) if asked_already else _greedy(visit, visit.prefix, count, modality, None)
+                answers[modality, None] = visit.answer_ids(modality) if asked_already else _greedy(visit, visit.prefix, count, modality, None)
             rows = [row for _ in plain for row in count]
             said = _greedy(visit, visit.prefix, rows, modality, [(cut,) for cut in plain for _ in count])
             for c, cut in enumerate(plain):
@@ -55,7 +65,11 @@ class CaptionTally(Tally):
                 prefix = visit.under(media_cut, count)
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
-        ordered = [[modality, cut.text if cut else None, answers[modality, cut]] for cut in cuts for modality in self.modalities]
+        ordered = []
+        for cut in cuts:
+            for modality in self.modalities:
+                said, limit = answers[modality, cut], asked_about(subject, modality)
+                ordered.append([modality, cut.text if cut else None, [subject.text(i) for i in said], [limit.cut_off(i) for i in said]])
         return {"video": visit.video, "audio": visit.audio, "answers": ordered}
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
@@ -74,18 +88,23 @@ class CaptionTally(Tally):
                 video_source=clip.video_source if record["video"] else "",
                 audio_source=clip.audio_source if record["audio"] else "",
                 scores=[],
+                cut_off=ended,
+                video_label=clip.video_label if record["video"] else "",
+                audio_label=clip.audio_label if record["audio"] else "",
             )
-            for modality, cut, answers in record["answers"]
-            for clip, answer in zip(clips, answers, strict=True)
+            for modality, cut, answers, cut_off in record["answers"]
+            for clip, answer, ended in zip(clips, answers, cut_off, strict=True)
         ]
         for caption, read in zip(new, self._judge.judge(new), strict=True):
             caption.scores.append(read)
         self.captions += new
 
 
-def _greedy(visit: Visit, prefix, rows: Sequence[int], modality: Modality, cuts) -> list[str]:
-    """Greedy answers as text; answers that have to say two things may be twice as long."""
-    subject = visit.subject
-    if modality == "both":
-        subject = replace(subject, max_new_tokens=2 * subject.max_new_tokens)
-    return [subject.text(ids) for ids in subject.greedy(prefix, rows, modality, cuts)]
+def asked_about(subject: Subject, modality: Modality) -> Subject:
+    """The subject with the limit of this question: an answer that has to say two things may be twice as long."""
+    return replace(subject, max_new_tokens=2 * subject.max_new_tokens) if modality == "both" else subject
+
+
+def _greedy(visit: Visit, prefix, rows: Sequence[int], modality: Modality, cuts) -> list[list[int]]:
+    """Greedy answers as tokens."""
+    return asked_about(visit.subject, modality).greedy(prefix, rows, modality, cuts)

@@ -129,13 +129,14 @@ def _name(findings: Findings) -> str:
 def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     """Every estimate of the findings under the key that both sides share."""
     for f in findings.following:
-        for measure in (*VERDICTS, "correct") if f.correct.n else ():  # of the unseen split there may be no clip of a new source
+        measures = (*VERDICTS, "correct") if f.correct.n else ()  # of the unseen split there may be no clip of a new source
+        for measure in (*measures, *(("cut_off",) if f.cut_off.n else ())):
             yield Key("following", f.condition, f.question, "", measure), getattr(f, measure)
     for r in findings.reliance:
         for measure in ("shortcut", "effect_audio", "effect_video"):
             yield Key("reliance", None, r.question, "", measure), getattr(r, measure)
     for c in findings.knockout:
-        for measure in ("delta_logprob", "delta_margin", "audio", "vision"):
+        for measure in ("delta_logprob", "delta_margin", "audio", "vision", "unparsed", "cut_off"):
             if (value := getattr(c, measure)) is not None:
                 yield Key("knockout", c.condition, c.question, cut_item(c.site, c.start, c.stop, c.family), measure), value
     for w in findings.flow:
@@ -159,8 +160,8 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
             for layer, value in enumerate(getattr(findings.tuned, measure)):
                 yield Key("tuned", None, None, tuned_item(layer), measure), value
     for row in findings.fidelity:
-        for measure in ("audio", "video", "unparsed", "invented", "audio_change", "video_change"):
-            if (value := getattr(row, measure)) is not None:
+        for measure in ("audio", "video", "unparsed", "invented", "audio_change", "video_change", "cut_off"):
+            if (value := getattr(row, measure)) is not None and (measure != "cut_off" or value.n):
                 yield caption_key(row.judge, row.condition, row.question, row.cut, measure), value
     for s in findings.shift:
         for measure in ("unshifted", "marginal", "shifted", "kl"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from analysis.captions import CaptionTally
+from analysis.captions import CaptionTally, asked_about
+from analysis.events import require_readable, synonyms_of
 from analysis.fidelity import fidelity_rows
 from analysis.findings import NEUTRAL, Findings, Sources
 from analysis.flow import FlowTally
@@ -51,6 +53,8 @@ PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "
 
 BARE = {"muted": "muted", "near_silent": "muted", "blanked": "blanked", "near_black": "blanked"}  # condition of findings -> of the clips
 NEAR = ("near_silence", "near_black")  # renderings of a stream that is noise too faint to hear, or to see
+
+MANY_CUT_OFF = 0.05  # share of answers that ended at the token limit from which findings warn
 
 T = TypeVar("T")
 
@@ -133,6 +137,7 @@ def diagnose(
     for name in ("knockout_sites", "knockout_curves"):
         if unknown := sorted(set(getattr(settings, name) or ()) - set(SITES)):
             raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
+    require_readable(clips)
     chosen = choose(clips, split, settings)
     if not chosen.factual and not chosen.counterfactual:
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
@@ -237,7 +242,7 @@ class _Diagnosis:
         silent = ProbeFeatures() if features else None
         random = ProbeFeatures() if features and settings.probe_random else None
         shift = self._shift() if settings.shift != 0 else None
-        captions = CaptionTally(self.subject.labels) if settings.captions != 0 else None
+        captions = CaptionTally(self.subject.labels, synonyms=self.subject.synonyms) if settings.captions != 0 else None
         sweep, sites = None, tuple(SITES) if settings.knockout_sites is None else settings.knockout_sites
         if sites and any(self.swept.values()):
             media = settings.knockout_media if settings.knockout_media is not None else len(self.by_id)
@@ -288,10 +293,12 @@ class _Diagnosis:
             findings.knockout = sweep.rows(items)
         if captions:
             findings.labels = {name: list(phrases) for name, phrases in self.subject.labels.items()}
+            findings.synonyms = {name: [list(words) for words in sides] for name, sides in self.subject.synonyms.items()}
             findings.captions = captions.captions + (under_cuts.captions if under_cuts else [])
             findings.fidelity = fidelity_rows(findings.captions, items)
         if settings.language:
             findings.language = language_rows(plain_text, items)
+        out += cut_off_sentences(findings, {m: asked_about(self.subject, m).max_new_tokens for m in QUESTIONS})
         findings.items = items.saved()
         off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "caption fidelity": captions, "knockout": sweep}
         if names := [name for name, tally in off.items() if tally is None]:
@@ -392,7 +399,7 @@ class _Diagnosis:
     def _under_cuts(self, sweep: KnockoutSweep) -> CaptionTally:
         """Captions under the best cuts: of each site the best on the choosing half, of these the first few."""
         cuts = sweep.strongest(self.settings.caption_cuts)
-        return CaptionTally(self.subject.labels, cuts=cuts)
+        return CaptionTally(self.subject.labels, cuts=cuts, synonyms=self.subject.synonyms)
 
     def _cut_captions(self, sweep: KnockoutSweep, tally: CaptionTally) -> Iterable[Job]:
         """On factual clips, and on conflicts that had no part in choosing the cuts."""
@@ -437,7 +444,9 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
         "questions": {modality: question(modality) for modality in QUESTIONS},
         **({"plain_text": text_stated()} if settings.language else {}),
         "system_prompt": model.system_prompt,
-        "decoding": f"greedy, at most {settings.max_new_tokens} tokens, twice as many where both streams are asked about",
+        "decoding": "greedy",
+        "longest_answer": {modality: settings.max_new_tokens * (2 if modality == "both" else 1) for modality in QUESTIONS},
+        "wordings": wordings_hash(clips),
         "dtype": str(model.dtype).removeprefix("torch."),
         "processor": _processor(model),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -446,6 +455,25 @@ def stated(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str, c
         "batch_size": settings.batch,
         "clips_folder": str(clips.root),
     }
+
+
+def wordings_hash(clips: Clips) -> str:
+    """sha256 of all that answers are read by: findings that were read by other words are not compared."""
+    return hashlib.sha256(json.dumps([clips.labels(), synonyms_of(clips)], sort_keys=True).encode()).hexdigest()
+
+
+def cut_off_sentences(findings: Findings, limits: Mapping[str, int]) -> list[str]:
+    """A warning for each question of whose answers more than MANY_CUT_OFF ended at the token limit. `limits`: question -> tokens."""
+    ended: dict[str, list[bool]] = {}
+    for said in [*findings.samples, *(c for c in findings.captions if c.modality == "both")]:
+        ended.setdefault(said.modality, []).append(said.cut_off)
+    return [
+        f"{100 * sum(cut) / len(cut):.0f} % of the answers to “{question(modality)}” ended at the limit of {limits[modality]} tokens "  # type: ignore[arg-type]
+        "before the model was done, so what it would have named after that counts as not named: raise max_new_tokens "
+        "(--max-new-tokens; for training diagnosis.plan, .selection and .test)."
+        for modality, cut in ended.items()
+        if sum(cut) > MANY_CUT_OFF * len(cut)
+    ]
 
 
 def _processor(model: AVLLM) -> dict[str, Any]:

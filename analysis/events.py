@@ -9,8 +9,9 @@ Words, stems, negation and how phrases are found in them: analysis/wording.py. N
 captions (analysis/judges.py) reads by the same `Reader`.
 
 Which side a clause of the answer speaks about: an explicit word says so ("I see", "visible", "I hear", "the sound of", "Audio:"), else the clause
-before it in the same sentence, else the question. What is unsaid after a both-question is read by its words: sound phrases ("a dog barking") claim a
-sound, and are also credited as seen if that is true; other phrases ("a dog") claim a sight. Asked what it hears, "I hear a dog" names the dog's sound.
+before it in the same sentence, else the question. What is unsaid after a both-question is read by its words: sound phrases ("a dog barking") claim
+a sound, and are also credited as seen if that is true; other phrases ("a dog") claim a sight. Asked what it hears, "I hear a dog" names the dog's
+sound.
 
 A wording may stand at several classes ("a plane" for both kinds of plane): then it is right for each and names none of the others.
 
@@ -29,12 +30,13 @@ from typing import Literal, NamedTuple, get_args
 
 from analysis.synonyms import SYNONYMS, Synonyms
 from analysis.wording import CLAUSE, HEARING, NEGATIONS, SEEING, Stems, Wordings, content_stems, event_words, named, phrases_of, stem
-from data.clips import Clip
+from data.clips import Clip, Clips, DataError
 from data.questions import Modality
+from data.questions import answer as taught
 
 __all__ = [  # also what is found in text, so that whoever reads answers needs one module
-    "VERDICTS", "Claims", "Reader", "Verdict", "abstains", "content_stems", "event_words", "follows", "is_correct", "named", "phrases_of", "stem",
-    "verdict",
+    "VERDICTS", "Claims", "Reader", "Verdict", "abstains", "content_stems", "event_words", "follows", "is_correct", "named", "phrases_of",
+    "require_readable", "stem", "synonyms_of", "verdict",
 ]  # fmt: skip
 
 Verdict = Literal["audio", "vision", "both", "neither", "nothing", "unparsed"]
@@ -228,7 +230,7 @@ class Reader:
         self.sounds: set[Stems] = set()
         phrases = []
         for name, (seen, heard) in labels.items():
-            things, noises = synonyms.get(name) or synonyms.get(name.replace(" ", "_"), ((), ()))
+            things, noises = _shipped(name, synonyms)
             for phrase in (seen, heard, *things, *noises):
                 stems = content_stems(phrase)
                 self.classes[stems] = self.classes.get(stems, frozenset()) | {name}
@@ -266,8 +268,8 @@ class Reader:
         """What an answer to a hear- or see-question names on the side asked about, each event as the set of classes that its wording may mean.
 
         An answer that says nothing about that side names what the phrase of this question names wherever it stands ("The video shows a dog barking",
-        asked what is heard). Asked what is heard, things that nobody says are heard ("A dog sits there. I hear a bell.") count only where nothing else is
-        said to be heard, and not where the answer says that there is nothing to hear ("No sound. A dog sits there.").
+        asked what is heard). Asked what is heard, things that nobody says are heard ("A dog sits there. I hear a bell.") count only where nothing
+        else is said to be heard, and not where the answer says that there is nothing to hear ("No sound. A dog sits there.").
         """
         key = (answer, modality)
         if key not in self._names:
@@ -284,12 +286,57 @@ class Reader:
         return self._names[key]
 
 
+def synonyms_of(clips: Clips) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Class -> (words for what is seen, words for what is heard) beside the label's two phrases: those of the manifest, else those of
+    analysis/synonyms.py, and the phrases that clips have of their own.
+    """
+    own = {name: tuple(dict.fromkeys(side) for side in clips.synonyms().get(name) or _shipped(name, SYNONYMS)) for name in clips.labels()}
+    for clip in clips.clips:
+        for side, name, phrase in ((0, clip.video_label, clip.seen), (1, clip.audio_label, clip.heard)):
+            if name and phrase:
+                own[name][side][phrase] = None
+    return {
+        name: tuple(tuple(word for word in words if word != phrase) for words, phrase in zip(own[name], phrases, strict=True))  # type: ignore[misc]
+        for name, phrases in clips.labels().items()
+    }
+
+
+def _shipped(name: str, synonyms: Synonyms) -> Sequence[Sequence[str]]:
+    return synonyms.get(name) or synonyms.get(name.replace(" ", "_"), ((), ()))
+
+
+def require_readable(clips: Clips) -> None:
+    """Raises DataError for a phrase, of a label or of a clip, that cannot be read back from the very answer that training teaches about it."""
+    reader, manifest = Reader(clips.labels(), synonyms_of(clips)), clips.root / "manifest.json"
+    phrases: dict[tuple[str, Modality, str], str] = {}
+    for name, (seen, heard) in clips.labels().items():
+        phrases |= {(name, "see", seen): f'{manifest}: label "{name}"', (name, "hear", heard): f'{manifest}: label "{name}"'}
+    for clip in clips.clips:
+        where = f'{clips.root / "clips.jsonl"}: clip "{clip.id}"'
+        for name, modality, phrase in ((clip.video_label, "see", clip.seen), (clip.audio_label, "hear", clip.heard)):
+            if name:
+                phrases.setdefault((name, modality, phrase), where)  # type: ignore[arg-type]
+    for (name, modality, phrase), where in phrases.items():
+        side, field = ("audio", "heard") if modality == "hear" else ("video", "seen")
+        said = taught(modality, phrase, phrase)[0]
+        what = f'{where}: the answer that is right about its "{field}" phrase {phrase!r}, {said!r},'
+        if not phrase.strip() or abstains(said, modality):
+            raise DataError(
+                f"{what} says that there is nothing to {modality}. Name an event; clips without one have the condition "
+                f'"{"muted" if modality == "hear" else "blanked"}" and no label there.'
+            )
+        claims, _ = reader.claims(said, modality)
+        named_there = claims.exact(side)  # type: ignore[arg-type]
+        if not any(name in classes for classes in named_there):
+            raise DataError(f"{what} does not name the class {name!r} as answers are read here. Choose words that stand for the event.")
+        if others := sorted({other for classes in named_there if name not in classes for other in classes}):
+            raise DataError(f"{what} also names the class {others[0]!r} as answers are read here. Choose phrases that keep the two apart.")
+
+
 # ---------------------------------------------------------------- verdicts
 
 
-def verdict(
-    answer: str, clip: Clip, modality: Modality, phrases: Reader | Mapping[str, str], video: bool = True, audio: bool = True
-) -> Verdict:
+def verdict(answer: str, clip: Clip, modality: Modality, phrases: Reader | Mapping[str, str], video: bool = True, audio: bool = True) -> Verdict:
     """What an answer about a clip follows; `phrases`: a reader, or one phrase a class (`phrases_of`), without synonyms.
 
     audio: it names the sound's class and not the picture's; vision: the reverse; both; neither: other known classes only; nothing: it names no known

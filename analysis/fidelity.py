@@ -22,8 +22,8 @@ from analysis.judges import SIDES, Judge, JudgeError, Side, asked
 def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[CaptionFidelity]:
     """One row a judge, condition, question and cut, in the order of the captions.
 
-    Means of the sides' scores and the share with an invented event are over captions that the judge could read; `unparsed` is over all. A side that
-    no clip has (muted, blanked) has no score.
+    Means of the sides' scores and the share with an invented event are over captions that the judge could read; `unparsed` and `cut_off` are over
+    all. A side that no clip has (muted, blanked) has no score.
     """
     groups: dict[tuple[str, str, str, str | None], list[tuple[Caption, CaptionScore]]] = {}
     for caption in captions:
@@ -48,9 +48,9 @@ def fidelity_rows(captions: Iterable[Caption], items: ItemStore) -> list[Caption
                 group = _group(items, [caption for caption, _ in both])
                 key = caption_key(judge, condition, modality, cut, f"{side}_change")
                 changes[side] = group.effects([key], np.array([[change] for _, change in both]))[0]
-        rows.append(
-            CaptionFidelity(judge, condition, modality, cut, sides["audio"], sides["video"], unparsed, invented, changes["audio"], changes["video"])
-        )
+        cut_off = _rate(items, caption_key(judge, condition, modality, cut, "cut_off"), [(caption, caption.cut_off) for caption, _ in pairs])
+        scores = (sides["audio"], sides["video"], unparsed, invented, changes["audio"], changes["video"])
+        rows.append(CaptionFidelity(judge, condition, modality, cut, *scores, cut_off))
     return sorted(rows, key=lambda row: row.judge != "labels")
 
 
@@ -81,8 +81,8 @@ def add_scores(findings: Findings, judge: Judge) -> None:
         raise JudgeError("these findings hold no captions: diagnose again with captions switched on.")
     seen, heard = {s for s, _ in findings.labels.values()}, {h for _, h in findings.labels.values()}
     for caption in findings.captions:
-        for phrase, known in ((caption.seen, seen), (caption.heard, heard)):
-            if phrase and phrase not in known:
+        for phrase, label, known in ((caption.seen, caption.video_label, seen), (caption.heard, caption.audio_label, heard)):
+            if phrase and (label not in findings.labels if label else phrase not in known):
                 raise JudgeError(f"the caption of clip {caption.clip} is about {phrase!r}, which is not among the labels of these findings.")
     for caption, read in zip(findings.captions, judge.judge(findings.captions), strict=True):
         caption.scores = [*(s for s in caption.scores if s.judge != judge.name), read]

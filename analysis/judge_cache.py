@@ -1,11 +1,11 @@
-"""Replies of a judge, kept on disk as they come, so that a killed run asks nothing twice.
+"""Replies of a judge that could be read, kept on disk as they come, so that a killed run asks nothing twice.
 
     with ReplyCache(Path("findings.replies.jsonl")) as cache:
-        key = request_key({"model": …, "messages": …, "temperature": 0})
+        key = request_key({"base_url": …, "model": …, "messages": …})
         cache.get(key)                       # None, or the reply
         cache.put(key, Reply("…", "stop"))   # appended and synced before it returns
 
-One JSON object a line: key (sha256 of the whole request), reply (its text as it came), finish (why the model stopped). A last line without
+One JSON object a line: key (sha256 of endpoint, model and messages), reply (its text as it came), finish (why the model stopped). A last line without
 its end, as a kill leaves it, is dropped at opening. One process at a time: a second one that opens the file is refused.
 """
 
@@ -33,7 +33,7 @@ class Reply(NamedTuple):
 
 
 def request_key(request: Mapping[str, Any]) -> str:
-    """sha256 of a request: model, messages and every setting that is sent."""
+    """sha256 of what a request says."""
     return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -17,6 +17,7 @@ Which side a clause of the answer speaks about, and what it claims there: analys
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -68,7 +69,7 @@ class Reading(NamedTuple):
 
 
 def truth(caption: Caption, reader: Reader) -> dict[Side, frozenset[str]]:
-    """The class of each side's event, by its label, for clips have phrases of their own; without a label that of its phrase, or what that may mean."""
+    """The class of each side's event, by its label, as clips have phrases of their own; without a label that of its phrase, or what it may mean."""
 
     def of(phrase: str, label: str, sound: bool) -> frozenset[str]:
         if not phrase or label:
@@ -211,19 +212,28 @@ REPAIR = (
     'That was not the JSON object that was asked for. Reply with it alone: {"video": …, "audio": …, "invented_video": […], "invented_audio": […]}'
 )
 
-_FENCED = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
+_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning|reflection)\b[^>]*>.*?</\1>|^.*</(?:think|thinking|thought|reasoning)>", re.DOTALL)
+_FENCED = re.compile(r"```(?:\w+)?[ \t]*\n?(.*?)```", re.DOTALL)
+_CUT_OFF = frozenset({"length", "max_tokens", "content_filter"})  # of the finish reasons; others ("stop", "eos_token", "end_turn") are ends
+
+
+def _objects(text: str) -> Iterable[Any]:
+    """What of a reply may be its JSON, the most certain first: what stands after the thinking, all of it, in the last code fence, or from the start
+    of a line to the end.
+    """
+    text = _THOUGHT.sub("", text.replace("\ufeff", "")).strip()
+    candidates = [text, *reversed(_FENCED.findall(text)), *(text[at.start() :] for at in re.finditer(r"^\{", text, re.MULTILINE))]
+    for candidate in candidates:
+        with contextlib.suppress(ValueError):
+            yield json.loads(candidate)
 
 
 def parse_reply(reply: Reply) -> Reading | None:
-    """A judge's reply, strictly: the four keys, numbers from 0 to 1, lists of words. None for anything else, and for replies that were cut off."""
-    text = reply.text.strip()
-    if fenced := _FENCED.match(text):
-        text = fenced[1]
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return None
-    if reply.finish != "stop" or not isinstance(values, dict) or values.keys() != {"video", "audio", "invented_video", "invented_audio"}:
+    """A judge's reply, strictly: the four keys, numbers from 0 to 1, lists of words. It may think first, in tags or on lines before, and put its JSON
+    into a code fence. None for anything else, and for replies that were cut off.
+    """
+    values = next((v for v in _objects(reply.text) if isinstance(v, dict)), {})
+    if reply.finish in _CUT_OFF or values.keys() != {"video", "audio", "invented_video", "invented_audio"}:
         return None
     hit, invented = {}, {}
     for side in SIDES:
@@ -236,21 +246,51 @@ def parse_reply(reply: Reply) -> Reading | None:
     return Reading(hit["audio"], hit["video"], invented["audio"], invented["video"])
 
 
+def _reply_of(choice: Any) -> Reply:
+    """The text of a choice: its content, whole or in parts; where there is none, what the server took for reasoning."""
+    message = choice.message
+    content = message.content
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else vars(part) for part in content]
+        content = "".join(str(part.get("text") or "") for part in parts if part.get("type") in (None, "text", "output_text"))
+    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    return Reply(str(content or thought or ""), choice.finish_reason or "stop")
+
+
+def _accepted(said: Mapping[str, Any], error: Any) -> dict[str, Any] | None:
+    """What to say instead, where a request was refused for a parameter; None where it was refused for something else."""
+    told = f"{error.message} {getattr(error, 'param', None) or ''}"
+    unknown = re.search(r"(?i)unsupported|not supported|unknown|unrecogni[sz]ed|unexpected|not permitted", told)
+    if "max_tokens" in said and ("max_completion_tokens" in told or (unknown and "max_tokens" in told)):
+        return {**{name: value for name, value in said.items() if name != "max_tokens"}, "max_completion_tokens": said["max_tokens"]}
+    if "temperature" in said and "temperature" in told:
+        return {name: value for name, value in said.items() if name != "temperature"}
+    return None
+
+
+MAX_TOKENS = 2048  # longest reply of a judge: an answer is 60 tokens, the thinking of one that thinks up to some thousands
+
+
 class LLMJudge:
     """A language model behind an OpenAI-compatible endpoint, at temperature 0. The key is OPENAI_API_KEY of the environment, where one is needed.
 
-    Replies are kept in `cache` as they come, so a run that was stopped goes on where it was. Time-outs, rate limits (Retry-After is honoured, up to
-    two minutes) and errors of the server are tried `retries` times again, with growing pauses. A malformed reply is asked for once more, then the
-    caption is unparsed. `in_flight` requests run at a time.
+    Replies that could be read are kept in `cache` as they come, so a run that was stopped goes on where it was. Time-outs, rate limits (Retry-After
+    is honoured, up to two minutes) and errors of the server are tried `retries` times again, with growing pauses. A reply that cannot be read is
+    asked for once more, then the caption is unparsed; the next run asks again. `in_flight` requests run at a time.
+
+    `max_tokens`: longest reply, thinking included; replies end by themselves, so more costs nothing. An endpoint that wants it under the name
+    max_completion_tokens gets it so; one that refuses temperature 0 is asked at its own temperature.
     """
 
     def __init__(
-        self, base_url: str, model: str, cache: ReplyCache, in_flight: int = 8, timeout: float = 60.0, retries: int = 6, max_tokens: int = 400,
+        self, base_url: str, model: str, cache: ReplyCache, in_flight: int = 8, timeout: float = 60.0, retries: int = 6, max_tokens: int = MAX_TOKENS,
         progress: bool = True,
     ):  # fmt: skip
         self.base_url, self.model, self.cache, self.in_flight = base_url, model, cache, in_flight
         self.timeout, self.retries, self.max_tokens, self.progress = timeout, retries, max_tokens, progress
         self.name = f"llm:{model}"
+        self._said = {"temperature": 0, "max_tokens": max_tokens}  # what requests say beside model and messages; changed where it is refused
+        self._unread: list[Reply] = []  # replies that could not be read, of captions that stayed unparsed
 
     def messages(self, caption: Caption) -> list[dict[str, str]]:
         """The prompt for one caption."""
@@ -260,10 +300,12 @@ class LLMJudge:
     def judge(self, captions: Sequence[Caption]) -> list[CaptionScore]:
         """One score a caption. The same caption of the same events under the same question is asked about once.
 
-        Raises JudgeError where the endpoint fails for good; what was answered so far is in the cache.
+        Raises JudgeError where the endpoint fails for good (what was answered so far is in the cache), and where not one reply could be read.
         """
-        prompts = {json.dumps(m): m for m in map(self.messages, captions)}
+        prompts, self._unread = {json.dumps(m): m for m in map(self.messages, captions)}, []
         readings = dict(zip(prompts, self._ask_all(list(prompts.values())), strict=True))
+        if prompts and not any(readings.values()):
+            raise JudgeError(f"no reply of {self.model} could be read: {self.unread()}")
         return [score(self.name, c, readings[json.dumps(self.messages(c))]) for c in captions]
 
     def _ask_all(self, prompts: Sequence[list[dict[str, str]]]) -> list[Reading | None]:
@@ -297,28 +339,60 @@ class LLMJudge:
             raise self._explained(failed) from None
         return [future.result() for future in futures]
 
+    @property
+    def at_zero(self) -> bool:
+        """Whether the endpoint was asked at temperature 0: it was not where it refused that."""
+        return "temperature" in self._said
+
+    def unread(self) -> str | None:
+        """What the replies looked like that could not be read, and what to set; None where all could."""
+        if not self._unread:
+            return None
+        cut = sum(reply.finish in _CUT_OFF for reply in self._unread)
+        first = " ".join(self._unread[0].text.split())
+        looked = f"the first begins {first[:80]!r}" if first else "the first is empty"
+        remedy = (
+            f"Raise --max-tokens, or switch thinking off at the server; {cut} of {len(self._unread)} ended at the limit of {self.max_tokens} tokens."
+            if cut
+            else "Check that the model can answer with JSON alone, or name another one with --model."
+        )
+        return f"{looked}. {remedy} The same command asks for them again."
+
     def _ask(self, client: OpenAI, prompt: list[dict[str, str]]) -> Reading | None:
+        """From the cache, or from the endpoint and, where it can be read, then into the cache."""
+        key = request_key({"base_url": self.base_url, "model": self.model, "messages": prompt})
+        kept = self.cache.get(key)
+        if kept is not None and (reading := parse_reply(kept)) is not None:
+            return reading
         reply = self._reply(client, prompt)
         if (reading := parse_reply(reply)) is None:
-            again = [*prompt, {"role": "assistant", "content": reply.text}, {"role": "user", "content": REPAIR}]
-            reading = parse_reply(self._reply(client, again))
+            said = _THOUGHT.sub("", reply.text).strip()[:2000] or "(nothing)"  # some endpoints refuse empty messages
+            reply = self._reply(client, [*prompt, {"role": "assistant", "content": said}, {"role": "user", "content": REPAIR}])
+            reading = parse_reply(reply)
+        if reading is None:
+            self._unread.append(reply)
+        else:
+            self.cache.put(key, reply)
         return reading
 
     def _reply(self, client: OpenAI, messages: list[dict[str, str]]) -> Reply:
-        """From the cache, or from the endpoint and then into the cache."""
-        request: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        key = request_key({"base_url": self.base_url, **request})
-        if (reply := self.cache.get(key)) is None:
+        """Ask the endpoint, in the form that it accepts."""
+        import openai
+
+        while True:
+            said = dict(self._said)
             try:
-                answer = client.chat.completions.create(**request)
-                choice = answer.choices[0]
-                reply = Reply(choice.message.content or "", choice.finish_reason or "stop")
+                answer = client.chat.completions.create(model=self.model, messages=messages, **said)  # type: ignore[call-overload]
+                return _reply_of(answer.choices[0])
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                accepted = _accepted(said, error)
+                if accepted is None:
+                    raise
+                self._said = accepted
             except (AttributeError, TypeError, IndexError, json.JSONDecodeError):
                 raise JudgeError(
                     f"{self.base_url} answered, but not with a chat completion. Is it the address of an OpenAI-compatible API (most end in /v1)?"
                 ) from None
-            self.cache.put(key, reply)
-        return reply
 
     def _explained(self, error: BaseException) -> BaseException:
         """An error of the client as one sentence with the address and what to do; other errors as they are."""
@@ -340,7 +414,7 @@ class LLMJudge:
                 403: "Set OPENAI_API_KEY to a key that it accepts.",
                 404: f"Check --base-url and that it serves the model {self.model!r}.",
                 429: "Lower --in-flight or wait.",
-            }.get(error.status_code, "Look into its log." if error.status_code >= 500 else "Check --model and the endpoint's manual.")
+            }.get(error.status_code, "Look into its log." if error.status_code >= 500 else "Check --model, --max-tokens and the endpoint's manual.")
             said = " ".join(error.message.split())[:200]
             return JudgeError(f"{self.base_url} refuses with {error.status_code} ({said}). {todo} {kept}")
         if isinstance(error, openai.OpenAIError):

@@ -34,6 +34,8 @@ from data.clips import Clip
 from data.questions import Modality
 from models import SITES, Cut
 
+ANSWERED = ("audio", "vision", "unparsed", "cut_off")  # what is counted of answers under a cut
+
 
 class Window(NamedTuple):
     """Layers [start, stop) and the families of the sweep that it belongs to."""
@@ -86,7 +88,7 @@ class KnockoutSweep(Tally):
         self.subject, self.sites, self.media_clips = subject, list(sites), media_clips
         self.windows = windows(subject.model.n_layers, width)
         self._cells: dict[tuple[str, Modality, Cut | None], _Cell] = {}  # (condition, question, cut)
-        self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict]]] = {}  # what CutAnswers found
+        self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict, bool]]] = {}  # what CutAnswers found; True: ended at the limit
 
     def measure(self, visit: Visit) -> Record:
         """Score every cut on the visit's clips."""
@@ -193,16 +195,16 @@ class KnockoutSweep(Tally):
                 margins = corrected(group.intervals.effects(margin)) if condition == "counterfactual" else [None] * len(cuts)
                 for c, (w, cut) in enumerate(cuts):
                     said = self.answers.get((condition, modality, cut), [])
-                    answered = items.clips([clip for clip, _ in said])
-                    shares = np.array([[v == "audio", v == "vision"] for _, v in said])
-                    rates = answered.intervals.rates(shares) if said else [None, None]
+                    answered = items.clips([clip for clip, *_ in said])
+                    shares = np.array([[v == "audio", v == "vision", v == "unparsed", ended] for _, v, ended in said])
+                    rates = answered.intervals.rates(shares) if said else [None] * len(ANSWERED)
                     for family in w.families:
                         item = cut_item(site, w.start, w.stop, family)
-                        key = {m: Key("knockout", condition, modality, item, m) for m in ("delta_logprob", "delta_margin", "audio", "vision")}
+                        key = {m: Key("knockout", condition, modality, item, m) for m in ("delta_logprob", "delta_margin", *ANSWERED)}
                         group.keep(key["delta_logprob"], score[:, c])
                         if margins[c]:
                             group.keep(key["delta_margin"], margin[:, c])
-                        for r, measure in enumerate(("audio", "vision") if said else ()):
+                        for r, measure in enumerate(ANSWERED if said else ()):
                             answered.keep(key[measure], shares[:, r])
                         out.append(CutEffect(site, w.start, w.stop, family, condition, modality, changes[c], margins[c], *rates))
         return sorted(out, key=lambda e: (e.condition, self.sites.index(e.site), ("window", "from", "all").index(e.family), e.start))
@@ -218,7 +220,7 @@ class CutAnswers(Tally):
         self.sweep, self.subject, self.cuts, self.best, self.only = sweep, sweep.subject, list(cuts), list(best), only
 
     def measure(self, visit: Visit) -> Record:
-        """What the answers follow: "cut" -> [rows of the visit, verdicts]."""
+        """What the answers follow: "cut" -> [rows of the visit, verdicts, whether each ended at the limit]."""
         everywhere = list(range(len(visit.clips)))
         chosen = [i for i in everywhere if visit.condition == "factual" or self.only is None or visit.clips[i].id in self.only]
         return self._answers(visit, self.cuts, everywhere) | self._answers(visit, self.best, chosen)
@@ -233,14 +235,13 @@ class CutAnswers(Tally):
             for cut in mine:
                 if cut.cuts_media:
                     answers[cut] = self.subject.greedy(visit.under(cut, rows), range(len(rows)), modality, [(cut,)] * len(rows))
-            phrases = self.subject.phrases[modality]
             for cut, said in answers.items():
-                verdicts = [verdict(self.subject.text(i), visit.clips[row], modality, phrases) for row, i in zip(rows, said, strict=True)]
-                record[cut.text] = [list(rows), verdicts]
+                verdicts = [verdict(self.subject.text(i), visit.clips[row], modality, self.subject.reader) for row, i in zip(rows, said, strict=True)]
+                record[cut.text] = [list(rows), verdicts, [self.subject.cut_off(i) for i in said]]
         return record
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
-        for name, (rows, said) in record.items():
+        for name, (rows, said, cut_off) in record.items():
             cut = Cut.parse(name)
-            pairs = [(clips[row], what) for row, what in zip(rows, said, strict=True)]
+            pairs = [(clips[row], what, ended) for row, what, ended in zip(rows, said, cut_off, strict=True)]
             self.sweep.answers.setdefault((condition, asked(cut.site), cut), []).extend(pairs)

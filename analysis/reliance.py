@@ -43,14 +43,15 @@ class FollowingTally(Tally):
         self._left_out = Counter[tuple[str, Modality]]()
         self._streams: dict[str, tuple[bool, bool]] = {}
         self._verdicts: dict[tuple[str, Modality], list[Verdict]] = {}
+        self._cut_off: dict[tuple[str, Modality], list[bool]] = {}
 
     def measure(self, visit: Visit) -> Record:
         """Ask every clip of the visit every question."""
         record: Record = {"streams": [visit.video, visit.audio], "answers": {m: visit.answers(m) for m in self.modalities}, "verdicts": {}}
+        record["cut_off"] = {m: [visit.subject.cut_off(ids) for ids in visit.answer_ids(m)] for m in self.modalities}
         for modality in self.modalities:
-            phrases = visit.subject.phrases[modality]
             record["verdicts"][modality] = [
-                verdict(answer, clip, modality, phrases, visit.video, visit.audio)
+                verdict(answer, clip, modality, visit.subject.reader, visit.video, visit.audio)
                 for answer, clip in zip(visit.answers(modality), visit.clips, strict=True)
             ]
         return record
@@ -60,12 +61,15 @@ class FollowingTally(Tally):
         for modality in self.modalities:
             there = self._clips.setdefault((condition, modality), [])
             verdicts = self._verdicts.setdefault((condition, modality), [])
-            for clip, answer, what in zip(clips, record["answers"][modality], record["verdicts"][modality], strict=True):
+            cut_off = self._cut_off.setdefault((condition, modality), [])
+            rows = (record["answers"][modality], record["verdicts"][modality], record["cut_off"][modality])
+            for clip, answer, what, ended in zip(clips, *rows, strict=True):
                 if clip.split == "unseen" and not self._is_new(clip, modality):
                     self._left_out[condition, modality] += 1
                     continue
                 there.append(clip)
                 verdicts.append(what)
+                cut_off.append(ended)
                 self.samples.append(
                     Sample(
                         clip=clip.id,
@@ -79,6 +83,7 @@ class FollowingTally(Tally):
                         verdict=what,
                         video_source=clip.video_source,
                         audio_source=clip.audio_source,
+                        cut_off=ended,
                     )
                 )
 
@@ -94,8 +99,8 @@ class FollowingTally(Tally):
             video, audio = streams
             given = [(clip.video_label if video else "", clip.audio_label if audio else "") for clip in clips]
             columns = [[what == v for what in said] for v in VERDICTS]
-            columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)]]
-            measures = (*VERDICTS, "correct")
+            columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)], self._cut_off[condition, modality]]
+            measures = (*VERDICTS, "correct", "cut_off")
             keys = [Key("following", condition, modality, "", measure) for measure in measures]
             nothing = [Estimate(None, None, None, 0, 0) for _ in keys]  # every clip was left out
             shares = items.clips(clips, *streams).rates(keys, np.array(columns).T) if clips else nothing

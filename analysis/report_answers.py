@@ -16,7 +16,21 @@ from analysis.compare import Comparison
 from analysis.fidelity import agreement, caption_key
 from analysis.findings import MISSING, CaptionFidelity, Findings
 from analysis.report_parts import Named, rate_of
-from analysis.tables import ABSTENTION, CONDITIONS, QUESTIONS, counted, cut_words, effect, language_numbers, number, percent, relative, share, words
+from analysis.tables import (
+    ABSTENTION,
+    CONDITIONS,
+    QUESTIONS,
+    UNREAD,
+    counted,
+    cut_words,
+    effect,
+    language_numbers,
+    number,
+    percent,
+    relative,
+    share,
+    words,
+)
 
 
 def number_tiles(ends: list[Named]) -> list[dict[str, str]]:
@@ -98,8 +112,19 @@ def following_table(ends: list[Named], comparison: Comparison | None) -> dict[st
                 change = comparison.find("following", measure, condition, question)
                 row.append(percent(change.difference, signed=True) if change else "–")
         found = next((r for _, f in reversed(ends) if (r := f.following_rate(condition, question))), None)
+        row += [
+            share(getattr(f, measure).value) if f else "–" for measure in _UNREAD for f in (g.following_rate(condition, question) for _, g in ends)
+        ]
         rows.append([*row, counted(found.audio) if found else "–"])
-    return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
+    return {"header": [*header, *_unread_header(ends), "n (sources)"], "rows": rows} if rows else None
+
+
+_UNREAD = ("unparsed", "cut_off")
+
+
+def _unread_header(ends: list[Named]) -> list[str]:
+    """Columns of what could not be read and of what ended at the token limit."""
+    return [f"{what}, {name}" if len(ends) > 1 else what for what in UNREAD for name, _ in ends]
 
 
 def abstention_table(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
@@ -177,8 +202,9 @@ def fidelity_table(ends: list[Named], comparison: Comparison | None) -> dict[str
                 change = comparison.find("captions", measure, condition, question, key.item)
                 row.append(effect(change.difference) if change and change.difference else "–")
         row += [effect(f.audio_change) if f and f.audio_change else "–" for f in found]
+        row += [share(getattr(f, measure).value) if f else "–" for measure in _UNREAD for f in found]
         rows.append([*row, counted(next(f.unparsed for f in reversed(found) if f))])
-    return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
+    return {"header": [*header, *_unread_header(ends), "n (sources)"], "rows": rows} if rows else None
 
 
 def _fidelity(findings: Findings, condition: str, question: str, cut: str | None, judge: str | None = None) -> CaptionFidelity | None:

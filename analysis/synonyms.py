@@ -3,8 +3,8 @@
 Class -> (words for what is seen, words for what is heard), beside the class's own two phrases. Only the stems of content words count
 (analysis/events.py), so "barks" and "barked" need no line of their own. A wording may stand at several classes: then it is right for each
 ("a plane" for both kinds of plane) and names none of the others. Words that are common to many sounds alone ("ringing", "roaring",
-"screeching", "engine") stand nowhere. Classes that are not here (your own clips') are matched by their two phrases, the phrases of their clips and the
-synonyms of their manifest.json (data/clips.py), which replace those here for the classes that they name.
+"screeching", "engine") stand nowhere. Classes that are not here (your own clips') are matched by their two phrases, the phrases of their clips and
+the synonyms of their manifest.json (data/clips.py), which replace those here for the classes that they name.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ CONDITIONS = {
 # Where "nothing" is the right answer, and where it is false abstention.
 ABSTENTION = (*MISSING, ("factual", "hear"), ("factual", "see"), ("counterfactual", "hear"), ("counterfactual", "see"))
 QUESTIONS = {"hear": "the sound", "see": "the picture", "both": "both"}
+UNREAD = ("unparsed", "cut off")  # shares that stand beside every rate of answers: what could not be read, what ended at the token limit
 POSITIONS = {"audio": "audio tokens", "question": "question", "emitters": "answer", "last_prompt": "last prompt token"}
 STREAMS = {"audio": "the sound", "visual": "the picture"}
 TOKENS = {
@@ -136,14 +137,18 @@ def findings_tables(findings: Findings) -> list[Table]:
     """The findings on one screen or two: what of the clips was trained on, then one table per diagnostic that was run."""
     tables = _sentences("What was trained on", findings.trained_on())
     if findings.following:
-        table = titled("What the answers name", "clips", "asked about", "names the sound", "names the picture", "other", "n (sources)")
+        table = titled("What the answers name", "clips", "asked about", "the sound", "the picture", "other", *UNREAD, "n (sources)")
         for f in findings.following:
-            other = sum(e.value or 0.0 for e in (f.both, f.neither, f.nothing, f.unparsed))
+            other = sum(e.value or 0.0 for e in (f.both, f.neither, f.nothing))
             measured = f.audio.value is not None
             shown = f"{100 * other:.1f} %" if measured else "–"
             asked = words(f.question, QUESTIONS)
-            table.add_row(words(f.condition, CONDITIONS), asked, percent(f.audio), percent(f.vision), shown, counted(f.audio))
-        table.caption = "On factual clips sound and picture agree: an answer that names the event counts under “names the sound”."
+            rest = (shown, _short(f.unparsed), _short(f.cut_off), counted(f.audio))
+            table.add_row(words(f.condition, CONDITIONS), asked, percent(f.audio), percent(f.vision), *rest)
+        table.caption = (
+            "On factual clips sound and picture agree: an answer that names the event counts under “the sound”. Unparsed: names no known event and "
+            "does not say that there is none. Cut off: ended at the token limit; such answers are in the other columns too."
+        )
         tables.append(table)
     if any(f.nothing.value is not None for f in abstention_rows(findings)):
         table = titled("Says that there is nothing", "clips", "asked about", "right if it", "says nothing", "names an event", "n (sources)")
@@ -169,9 +174,9 @@ def findings_tables(findings: Findings) -> list[Table]:
         )
         tables.append(table)
     if cuts := best_cuts(findings.knockout):
-        table = titled("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "names the sound", "names the picture", "log p")
+        table = titled("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "the sound", "the picture", *UNREAD, "log p")
         for c in cuts:
-            rates = (percent(c.audio), percent(c.vision))
+            rates = (percent(c.audio), percent(c.vision), *(_short(e) if e else "–" for e in (c.unparsed, c.cut_off)))
             table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, effect(c.delta_logprob))
         counts = " to ".join(sorted({counted(c.delta_logprob) for c in cuts}))
         table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
@@ -248,9 +253,9 @@ def abstention_rows(findings: Findings) -> list[Following]:
 
 def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
     """What captions get right, per judge, condition, question and cut."""
-    table = titled("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", "unparsed", "n (sources)")
+    table = titled("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", *UNREAD, "n (sources)")
     for row in rows:
-        scores = (number(row.audio), number(row.video), _short(row.invented), _short(row.unparsed), counted(row.unparsed))
+        scores = (number(row.audio), number(row.video), *map(_short, (row.invented, row.unparsed, row.cut_off)), counted(row.unparsed))
         table.add_row(row.judge, words(row.condition, CONDITIONS), words(row.question, QUESTIONS), cut_words(row.cut), *scores)
     table.caption = "Makes up: share of captions with an event that the clip does not have. Unparsed captions are in no mean."
     return table

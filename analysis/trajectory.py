@@ -40,13 +40,14 @@ def headline(findings: Findings) -> dict[str, Estimate]:
         for measure in ("audio", "vision") if conflict else ("correct",) if asked_what_is_there else ():
             found[f"following/{at}/{measure}"] = getattr(row, measure)
         found[f"abstention/{at}"] = row.nothing
+        found |= {f"unparsed/{at}": row.unparsed, f"cut_off/{at}": row.cut_off}
     for r in findings.reliance:
         for measure in ("shortcut", "effect_audio", "effect_video"):
             found[f"reliance/{r.question}/{measure}"] = getattr(r, measure)
     judge = next((row.judge for row in findings.fidelity), None)
     for c in findings.fidelity:
         if c.judge == judge and c.cut is None:
-            for measure in ("audio", "video", "invented"):
+            for measure in ("audio", "video", "invented", "unparsed", "cut_off"):
                 found[f"captions/{c.condition}/{c.question}/{measure}"] = getattr(c, measure)
     if findings.latent:
         found |= {"latent/logit": findings.latent.latent, "latent/said": findings.latent.said}
@@ -87,6 +88,9 @@ def panel(name: str) -> Panel:
             return Panel(_capital(_clips(condition)), f"right about {_stream(question)}", _tone(question))
         case "abstention", [condition, question]:
             return Panel(f"Says that there is nothing, {_clips(condition)}", f"nothing to {question}", _tone(question))
+        case "unparsed" | "cut_off", [condition, question]:
+            what = "name nothing known" if kind == "unparsed" else "end at the token limit"
+            return Panel(f"Answers that {what}, {_clips(condition)}", f"asked what it {question}s", _tone(question))
         case "reliance", [question, "shortcut"]:
             return Panel("Shortcut Index (0 is ideal)", f"asked what it {question}s", _tone(question), rate=False)
         case "reliance", [question, measure]:
@@ -96,6 +100,10 @@ def panel(name: str) -> Panel:
         case "captions", [condition, question, "invented"]:
             line = "asked about both" if question == "both" else f"asked about {_stream(question)}"
             return Panel(f"Captions that make something up, {_clips(condition)}", line, _tone(question))
+        case "captions", [condition, question, "unparsed" | "cut_off" as measure]:
+            line = "asked about both" if question == "both" else f"asked about {_stream(question)}"
+            what = "name nothing known" if measure == "unparsed" else "end at the token limit"
+            return Panel(f"Captions that {what}, {_clips(condition)}", line, _tone(question))
         case "captions", [condition, question, side]:
             about = "asked about both" if question == "both" else "asked about one"
             return Panel(

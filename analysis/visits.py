@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.events import phrases_of
+from analysis.events import Reader, phrases_of, synonyms_of
 from data.clips import Clip, Clips, DataError
 from data.questions import Modality, answer, question
 from models import AVLLM, Cut, Kind
@@ -42,6 +42,16 @@ class Subject:
     def labels(self) -> dict[str, tuple[str, str]]:
         """Class -> (seen, heard) phrases."""
         return self.clips.labels()
+
+    @cached_property
+    def synonyms(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Class -> (words for what is seen, words for what is heard) beside the label's phrases (`analysis.events.synonyms_of`)."""
+        return synonyms_of(self.clips)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What answers are read by."""
+        return Reader(self.labels, self.synonyms)
 
     @cached_property
     def phrases(self) -> dict[Modality, dict[str, str]]:
@@ -69,6 +79,10 @@ class Subject:
     def text(self, ids: Sequence[int]) -> str:
         """Answer tokens as text."""
         return self.model.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def cut_off(self, ids: Sequence[int]) -> bool:
+        """Whether an answer of `greedy` ended at the limit: the model had not said its end token."""
+        return len(ids) >= self.max_new_tokens
 
 
 def trimmed(suffix: Suffix) -> Suffix:

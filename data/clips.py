@@ -22,6 +22,8 @@ A folder of your own: put the files under media/, then
     save_clips(folder, rows, [], {"labels": [["dog", "a dog", "a dog barking"], ["bell", "a bell", "a bell ringing"]]})
 
 Written by hand, the least manifest.json is {"version": 1, "labels": [[name, seen, heard], ...]}. `data.counterfactual` makes the swaps.
+Beside the labels "synonyms" may say what else answers call them, {name: [[words for what is seen], [words for what is heard]]}, as in
+{"dog": [["a puppy"], ["barking", "a woof"]]}. A clip's own `seen` and `heard` need not be its label's phrases; answers are read for all of them.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ Split = Literal["train", "plan", "selection", "test", "unseen"]
 Condition = Literal["factual", "counterfactual", "muted", "blanked"]
 Stream = Literal["video", "audio"]
 MANIFEST_VERSION = 1
-MANIFEST_KEYS = ("version", "labels", "pairs", "config", "sources", "code", "files", "data_hash")  # the first two are needed, the others are not
+MANIFEST_KEYS = ("version", "labels", "pairs", "config", "sources", "code", "files", "data_hash", "synonyms")  # the first two are needed
 
 
 class DataError(ValueError):
@@ -142,6 +144,10 @@ class Clips:
         """Every class with its (seen, heard) phrases: the vocabulary that answers are matched against."""
         return {name: (seen, heard) for name, seen, heard in self.manifest["labels"]}
 
+    def synonyms(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Classes whose manifest brings other words: (for what is seen, for what is heard)."""
+        return {name: (tuple(seen), tuple(heard)) for name, (seen, heard) in self.manifest.get("synonyms", {}).items()}
+
 
 Row = TypeVar("Row", Clip, Grid)
 
@@ -157,10 +163,11 @@ def _tables_hash(clips: str, grids: str) -> str:
 def save_clips(folder: Path | str, clips: Iterable[Clip], grids: Iterable[Grid], manifest: dict[str, Any]) -> None:
     """Write clips.jsonl, grids.jsonl and, last, manifest.json into a folder whose media are already there.
 
-    `manifest` needs "labels" ([[name, seen, heard], ...]); version, file sizes and the data hash are filled in. Raises DataError if the
-    folder cannot be written or a clip's file is missing.
+    `manifest` needs "labels" ([[name, seen, heard], ...]) and may have "synonyms"; version, file sizes and the data hash are filled in. Raises
+    DataError if the folder cannot be written, a clip's file is missing or the synonyms are not of the form that `load_clips` reads.
     """
     folder, clips, grids = Path(folder), list(clips), list(grids)
+    _check_synonyms(folder / "manifest.json", manifest)
     whole = folder / "manifest.json"
     try:
         whole.unlink(missing_ok=True)  # until the new one is there, the folder is not whole
@@ -242,7 +249,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f'{path} needs "labels": a list of [name, seen, heard], each a non-empty string. Add it.')
     if len({row[0] for row in labels}) < len(labels):
         raise DataError(f'{path} names a label twice in "labels". Give each class one line.')
+    _check_synonyms(path, manifest)
     return manifest
+
+
+def _check_synonyms(path: Path, manifest: dict[str, Any]) -> None:
+    """Synonyms, where there are any, are of known labels, two lists of words each."""
+    synonyms, labels = manifest.get("synonyms", {}), {row[0] for row in manifest["labels"]}
+    form = "{name: [[words for what is seen], [words for what is heard]]}"
+    if not isinstance(synonyms, dict):
+        raise DataError(f'{path}: "synonyms" has to be an object, {form}. Correct it or leave it out.')
+    for name, sides in synonyms.items():
+        if name not in labels:
+            raise DataError(f'{path}: "synonyms" names "{name}", which is not among "labels". Correct the name or remove it.')
+        lists = isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, list | tuple) for side in sides)
+        if not lists or not all(isinstance(word, str) and word.strip() for side in sides for word in side):
+            raise DataError(f'{path}: the synonyms of "{name}" have to be two lists of words, {form}; a list may be empty. Correct them.')
 
 
 def _check_clips(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> None:

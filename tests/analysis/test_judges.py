@@ -371,7 +371,9 @@ def test_a_malformed_reply_is_asked_for_once_more(tmp_path, kind):
         got = ask(server, tmp_path, CAPTIONS)
         assert got == [*WANTED[:3], CaptionScore("llm:m", None, None, 0, False)]
         assert set(server.asked.values()) == {1} and len(server.requests) == 8
-        assert ask(server, tmp_path, CAPTIONS) == got and len(server.requests) == 8  # malformed replies are kept too
+        assert ask(server, tmp_path, CAPTIONS) == got and len(server.requests) == 10  # only what could not be read is asked for again
+        server.misbehave = None
+        assert ask(server, tmp_path, CAPTIONS) == WANTED and len(server.requests) == 11
 
 
 def failing(handler, body, known, count):
