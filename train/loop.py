@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from analysis.compare import compare
 from analysis.diagnose import DiagnoseSettings, diagnose
-from analysis.events import named
 from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
@@ -48,7 +47,7 @@ from analysis.work import code_hash, weights_hash
 from data.build import build
 from data.clips import Clips, DataError, load_clips
 from data.files import read_jsonl, write_json, write_text
-from data.questions import Modality, question
+from data.questions import question
 from models import AVLLM, CutError, ModelError, load_model, self_check
 from train.batches import GATED, Answers, loss_terms, make_micro
 from train.best import Best, choose_best, stop_reason
@@ -244,10 +243,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
     """Fine-tune from the newest whole checkpoint, or from the start. Returns the best checkpoint. Raises TrainError on a loss that is not finite."""
     schedule, folder, steps = config.schedule, Path(config.run.folder), plan.steps.value
     every = steps if schedule.checkpoint_every == -1 else schedule.checkpoint_every
-    weights, phrases = plan.weights(), Subject(model, clips).phrases
-
-    def names(answer: str, modality: Modality) -> set[str]:
-        return named(answer, phrases[modality])
+    weights, subject = plan.weights(), Subject(model, clips)
 
     torch.manual_seed(config.run.seed)
     model.add_lora(list(plan.lora_targets), config.lora.r, config.lora.alpha, config.lora.dropout, plan.lora_targets)
@@ -288,7 +284,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
         for part in range(schedule.accumulate):
             mine = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
             done_so_far += mine
-            micro = make_micro(model, mine, clips.root, plan, config.loss, answers, ema.applied if ema else None, names)
+            micro = make_micro(model, mine, clips.root, plan, config.loss, answers, ema.applied if ema else None, subject.reader.names)
             decoder.train()
             with accelerator.accumulate(decoder):
                 terms = loss_terms(model, decoder(**micro.inputs), micro, plan)
