@@ -90,7 +90,9 @@ def choose(clips: Clips, split: str, settings: DiagnoseSettings) -> Chosen:
         first(ordered("counterfactual", lambda g: (g.ox, g.xo)), settings.counterfactual),
         first(grids, settings.grids),
         {
-            name: first([c for c in ordered(of) if _is_near(c) == name.startswith("near") and (split != "unseen" or _is_new(c, trained))], settings.bare)
+            name: first(
+                [c for c in ordered(of) if _is_near(c) == name.startswith("near") and (split != "unseen" or _is_new(c, trained))], settings.bare
+            )
             for name, of in BARE.items()
         },
     )
