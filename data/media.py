@@ -45,6 +45,7 @@ PRIMING = 0.1  # seconds by which pictures come late in many files, since the so
 JUMP = 1  # seconds; times that go back by more are not one recording
 LOUDEST = 8.0  # times full scale: what coding adds stays below, integers called floating point do not
 CONVERT = "Convert it first, for instance: ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p -c:a aac NEW.mp4"
+UNNAMED = {3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # FFmpeg's own defaults for so many channels
 OTHER_HASH = (
     "the file was exchanged, or the row was written before hashes held times and lengths: build the folder again, or write its rows anew "
     "with data.media.stream_hashes"
@@ -436,6 +437,8 @@ def _mono(channels: np.ndarray, names: list[str]) -> np.ndarray:
     if len(channels) == 2:
         # The mean of the channels: FFmpeg's own mix to mono makes equal channels 3 dB louder, over full scale.
         return channels.mean(axis=0) + _cancelled(channels[0], channels[1])
+    if not set(names) & {"FL", "FR", "FC"} and len(channels) in UNNAMED:  # a file that does not say which is which
+        names = [channel.name for channel in av.AudioLayout(UNNAMED[len(channels)]).channels]
     sides = np.zeros((2, channels.shape[1]), np.float32)
     for i, (channel, name) in enumerate(zip(channels, names, strict=True)):
         left, right = _weights(name, i)
