@@ -258,7 +258,7 @@ def test_replies_of_judges_that_think_or_talk_are_parsed(text):
 
 
 def test_thinking_that_never_ends_is_no_reply():
-    assert parse_reply(Reply(f"<think>Maybe {GOOD}", "stop")) is None
+    assert parse_reply(Reply(f"<think>Maybe {GOOD}", "stop")) is None and parse_reply(Reply(f"<think>\n{GOOD}", "stop")) is None
 
 
 BAD = [
