@@ -41,8 +41,8 @@ class CaptionTally(Tally):
         self._judge = LabelsJudge(labels, synonyms)
 
     def measure(self, visit: Visit) -> Record:
-        """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip], [whether it ended at the
-        limit]], …]}.
+        """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip]], …]; "cut_off": for each of
+        these, whether they ended at the limit}.
 
         Uncut see- and hear-answers are those of the visit. Cuts into media rows need a prefix each, which all questions share.
         """
@@ -65,12 +65,13 @@ class CaptionTally(Tally):
                 prefix = visit.under(media_cut, count)
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
-        ordered = []
+        ordered, cut_off = [], []
         for cut in cuts:
             for modality in self.modalities:
                 said, limit = answers[modality, cut], asked_about(subject, modality)
-                ordered.append([modality, cut.text if cut else None, [subject.text(i) for i in said], [limit.cut_off(i) for i in said]])
-        return {"video": visit.video, "audio": visit.audio, "answers": ordered}
+                ordered.append([modality, cut.text if cut else None, [subject.text(i) for i in said]])
+                cut_off.append([limit.cut_off(i) for i in said])
+        return {"video": visit.video, "audio": visit.audio, "answers": ordered, "cut_off": cut_off}
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
         """Take up the captions of a visit, and read them."""
@@ -92,7 +93,7 @@ class CaptionTally(Tally):
                 video_label=clip.video_label if record["video"] else "",
                 audio_label=clip.audio_label if record["audio"] else "",
             )
-            for modality, cut, answers, cut_off in record["answers"]
+            for (modality, cut, answers), cut_off in zip(record["answers"], record["cut_off"], strict=True)
             for clip, answer, ended in zip(clips, answers, cut_off, strict=True)
         ]
         for caption, read in zip(new, self._judge.judge(new), strict=True):

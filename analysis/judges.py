@@ -212,7 +212,8 @@ REPAIR = (
     'That was not the JSON object that was asked for. Reply with it alone: {"video": …, "audio": …, "invented_video": […], "invented_audio": […]}'
 )
 
-_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning|reflection)\b[^>]*>.*?</\1>|^.*</(?:think|thinking|thought|reasoning)>", re.DOTALL)
+_THINK = "think|thinking|thought|reasoning|reflection"
+_THOUGHT = re.compile(rf"<({_THINK})\b[^>]*>.*?</\1>|^.*</(?:{_THINK})>|<(?:{_THINK})\b[^>]*>.*$", re.DOTALL)
 _FENCED = re.compile(r"```(?:\w+)?[ \t]*\n?(.*?)```", re.DOTALL)
 _CUT_OFF = frozenset({"length", "max_tokens", "content_filter"})  # of the finish reasons; others ("stop", "eos_token", "end_turn") are ends
 

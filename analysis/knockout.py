@@ -88,7 +88,8 @@ class KnockoutSweep(Tally):
         self.subject, self.sites, self.media_clips = subject, list(sites), media_clips
         self.windows = windows(subject.model.n_layers, width)
         self._cells: dict[tuple[str, Modality, Cut | None], _Cell] = {}  # (condition, question, cut)
-        self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict, bool]]] = {}  # what CutAnswers found; True: ended at the limit
+        self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict]]] = {}  # what CutAnswers found
+        self.cut_off: dict[tuple[str, Modality, Cut], list[bool]] = {}  # whether each of these answers ended at the limit
 
     def measure(self, visit: Visit) -> Record:
         """Score every cut on the visit's clips."""
@@ -195,8 +196,9 @@ class KnockoutSweep(Tally):
                 margins = corrected(group.intervals.effects(margin)) if condition == "counterfactual" else [None] * len(cuts)
                 for c, (w, cut) in enumerate(cuts):
                     said = self.answers.get((condition, modality, cut), [])
-                    answered = items.clips([clip for clip, *_ in said])
-                    shares = np.array([[v == "audio", v == "vision", v == "unparsed", ended] for _, v, ended in said])
+                    ended = self.cut_off.get((condition, modality, cut), [])
+                    answered = items.clips([clip for clip, _ in said])
+                    shares = np.array([[v == "audio", v == "vision", v == "unparsed", end] for (_, v), end in zip(said, ended, strict=True)])
                     rates = answered.intervals.rates(shares) if said else [None] * len(ANSWERED)
                     for family in w.families:
                         item = cut_item(site, w.start, w.stop, family)
@@ -243,5 +245,6 @@ class CutAnswers(Tally):
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
         for name, (rows, said, cut_off) in record.items():
             cut = Cut.parse(name)
-            pairs = [(clips[row], what, ended) for row, what, ended in zip(rows, said, cut_off, strict=True)]
+            pairs = [(clips[row], what) for row, what in zip(rows, said, strict=True)]
             self.sweep.answers.setdefault((condition, asked(cut.site), cut), []).extend(pairs)
+            self.sweep.cut_off.setdefault((condition, asked(cut.site), cut), []).extend(cut_off)

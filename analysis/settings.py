@@ -60,8 +60,9 @@ class DiagnoseSettings:
     """Folds of the linear probes."""
     probe_random: bool = False
     """Also probe the model with random weights in its decoder, as a control. Another pass over the conflicts."""
-    max_new_tokens: int = 24
-    """Longest answer."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens, twice as long where both streams are asked about, for two things have to be said. A model that describes the picture
+    first must reach the sound within it; what ended at the limit is counted. Answers that end by themselves cost the same under any limit."""
     flips: int = 2000
     """Sign flips of the permutation null of modality reliance."""
     seed: int = 0

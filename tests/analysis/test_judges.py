@@ -240,6 +240,27 @@ def test_replies_are_parsed(text):
     assert parse_reply(Reply(text, "stop")) == Reading(0.5, 1.0, 2, 0)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>\nThe picture is a dog. It may be {{}}.\n</think>\n\n{GOOD}",
+        f"<thinking>{GOOD.replace('0.5', '0')}</thinking>\n{GOOD}",  # a draft in the thinking is no reply
+        f"It is a dog, I think.</think>\n{GOOD}",  # the server's template had said the opening tag
+        f"<think></think>```json\n{GOOD}\n```",
+        f"Here is my judgement.\n\n```json\n{GOOD}\n```\nI hope this helps.",
+        f"First I look at the picture.\nThen at the sound.\n{GOOD}",
+        GOOD.replace(", ", ",\n "),
+    ],
+)
+def test_replies_of_judges_that_think_or_talk_are_parsed(text):
+    assert parse_reply(Reply(text, "stop")) == parse_reply(Reply(text, "eos_token")) == Reading(0.5, 1.0, 2, 0)
+    assert parse_reply(Reply(text, "length")) is None
+
+
+def test_thinking_that_never_ends_is_no_reply():
+    assert parse_reply(Reply(f"<think>Maybe {GOOD}", "stop")) is None and parse_reply(Reply(f"<think>\n{GOOD}", "stop")) is None
+
+
 BAD = [
     "", "I think it is fine.", GOOD[:-5], f"Sure! {GOOD}", "[]", "null", "1", GOOD.replace("0.5", "1.5"), GOOD.replace("0.5", "-1"),
     GOOD.replace("0.5", "true"),
@@ -374,6 +395,79 @@ def test_a_malformed_reply_is_asked_for_once_more(tmp_path, kind):
         assert ask(server, tmp_path, CAPTIONS) == got and len(server.requests) == 10  # only what could not be read is asked for again
         server.misbehave = None
         assert ask(server, tmp_path, CAPTIONS) == WANTED and len(server.requests) == 11
+
+
+def choice(**message):
+    """A chat completion with this message."""
+    inside = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
+    return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [inside]}).encode()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "reasoning_content": right_text} if kind == "all is reasoning" else
+        {"content": right_text, "reasoning_content": "Hm, {}"} if kind == "both" else
+        {"content": [{"type": "thinking", "thinking": "Hm"}, {"type": "text", "text": right_text}]}
+        for right_text in ('{"video": 1, "audio": 1, "invented_video": [], "invented_audio": []}',)
+        for kind in ("all is reasoning", "both", "parts")
+    ],
+)  # fmt: skip
+def test_where_servers_put_what_a_judge_thinks(tmp_path, message):
+    with ChatServer(lambda handler, *_: handler.send(200, choice(**message)) or True) as server:
+        assert ask(server, tmp_path, CAPTIONS[:1]) == WANTED[:1] and len(server.requests) == 1
+
+
+def test_parameters_that_are_refused_are_said_otherwise(tmp_path):
+    """An endpoint that wants max_completion_tokens and its own temperature, as newer ones do: each is refused once, not once a caption."""
+
+    def refuse(handler, body, known, count):
+        for name in ("max_tokens", "temperature"):
+            if name in body:
+                other = "Use 'max_completion_tokens' instead." if name == "max_tokens" else "Only the default (1) value is supported."
+                handler.send(400, json.dumps({"error": {"message": f"Unsupported: '{name}'. {other}", "param": name}}).encode())
+                return True
+        return False
+
+    with ChatServer(refuse) as server:
+        assert ask(server, tmp_path, CAPTIONS, in_flight=1, max_tokens=77) == WANTED
+        assert len(server.requests) == 4 + 2 and server.requests[-1]["max_completion_tokens"] == 77
+        assert not {"max_tokens", "temperature"} & set(server.requests[-1])
+
+
+def test_where_no_reply_can_be_read_the_judge_fails_and_says_what_to_set(tmp_path, capsys):
+    path = tmp_path / "f.json"
+    findings_with(CAPTIONS).save(path)
+    before = path.read_bytes()
+    given = [path, "--judge", "llm", "--model", "m"]
+    with ChatServer(lambda handler, *_: handler.send(200, completion("<think>Let me see", "length")) or True) as server:
+        assert judge(*given, "--base-url", server.url, "--max-tokens", 99) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "'<think>Let me see'" in line and "--max-tokens" in line and "4 of 4 ended at the limit of 99 tokens" in line
+        assert path.read_bytes() == before
+        server.misbehave = None  # thinking was switched off
+        assert judge(*given, "--base-url", server.url) == 0
+    assert [c.scores[-1] for c in Findings.load(path).captions] == WANTED
+
+
+def test_some_unread_replies_are_said_and_a_higher_limit_asks_for_them_alone(tmp_path, capsys):
+    path = tmp_path / "f.json"
+    findings_with(CAPTIONS).save(path)
+
+    def short(handler, body, known, count):
+        if "unicorn" in known["caption"] and body["max_tokens"] < 500:
+            handler.send(200, completion("", "length"))
+            return True
+        return False
+
+    with ChatServer(short) as server:
+        given = [path, "--judge", "llm", "--model", "m", "--base-url", server.url]
+        assert judge(*given, "--max-tokens", 100) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Some replies could not be read" in shown and "1 of 1 ended at the limit of 100 tokens" in shown
+        server.requests.clear()
+        assert judge(*given, "--max-tokens", 500) == 0 and len(server.requests) == 1
+    assert [c.scores[-1] for c in Findings.load(path).captions] == WANTED
 
 
 def failing(handler, body, known, count):

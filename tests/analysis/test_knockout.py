@@ -70,7 +70,7 @@ def test_answers_under_a_cut_equal_greedy_decoding_without_a_cache(sweep, subjec
         assert [clip for clip, _ in said] == conflicts
         for clip, what in (said[0], said[7]):
             answer = brute.greedy(model, clips, clip, modality, cut)
-            assert verdict(answer, clip, modality, subject.phrases[modality]) == what
+            assert verdict(answer, clip, modality, subject.reader) == what
 
 
 def test_rows(sweep, model):

@@ -1,5 +1,7 @@
 """The 2x2 grid by hand and against whole forward passes; following against greedy decoding without a cache."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -86,7 +88,7 @@ def test_what_is_followed_equals_greedy_decoding_without_a_cache(subject, clips,
         asked = conflicts if condition == "counterfactual" else factual
         video = condition != "audio_only"
         said = [brute.greedy(model, clips, clip, modality, video=video) for clip in asked]
-        verdicts = [verdict(a, c, modality, subject.phrases[modality], video=video) for a, c in zip(said, asked, strict=True)]
+        verdicts = [verdict(a, c, modality, subject.reader, video=video) for a, c in zip(said, asked, strict=True)]
         for name in VERDICTS:
             assert getattr(row, name).value == pytest.approx(np.mean([v == name for v in verdicts])), (condition, modality, name)
         samples = [s for s in tally.samples if (s.condition, s.modality) == (condition, modality)]
@@ -94,7 +96,21 @@ def test_what_is_followed_equals_greedy_decoding_without_a_cache(subject, clips,
         assert row.correct.value == pytest.approx(np.mean([s.correct for s in samples]))
         assert sum(getattr(row, name).value for name in VERDICTS) == pytest.approx(1)
         assert row.audio.n == len(asked)
+        assert row.cut_off.value == pytest.approx(np.mean([s.cut_off for s in samples])) and row.cut_off.n == len(asked)
     assert rows["factual", "see"].correct.value > 0.5  # the model was taught these
+
+
+def test_answers_that_end_at_the_limit_are_counted(subject, clips):
+    """ "I see a dog." is some tokens and an end: with a limit of that many tokens it is cut off, with one more it is whole."""
+    chosen = clips.select("test", "factual")[:4]
+    lengths = [len(ids) for ids in Visit(subject, chosen, "factual").answer_ids("see")]
+    assert max(lengths) < subject.max_new_tokens
+    for limit in (min(lengths), max(lengths), max(lengths) + 1):
+        tally = FollowingTally(("see",))
+        tally.add(Visit(replace(subject, max_new_tokens=limit), chosen, "factual"))
+        (row,) = tally.rows(ItemStore())
+        assert row.cut_off.value == pytest.approx(np.mean([n >= limit for n in lengths]))
+        assert [s.cut_off for s in tally.samples] == [n >= limit for n in lengths]
 
 
 def test_forced_answers_are_what_was_generated(subject, clips, model):

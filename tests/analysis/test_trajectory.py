@@ -64,6 +64,9 @@ def test_every_scalar_under_its_name():
         "captions/counterfactual/both/audio": 0.2,  # the first judge's, without a cut
         "captions/counterfactual/both/video": 0.8,
         "captions/counterfactual/both/invented": 0.1,
+        "captions/counterfactual/both/unparsed": 0.0,
+        "unparsed/counterfactual/hear": 0.0,
+        "unparsed/factual/see": 0.0,
         "latent/logit": 0.4,  # what was not measured is not there
         "probes/audio/audio": 0.7,  # where it is most above its controls, not where it is highest
         "attention/counterfactual/audio": pytest.approx(0.3),
