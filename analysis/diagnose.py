@@ -85,16 +85,14 @@ def choose(clips: Clips, split: str, settings: DiagnoseSettings) -> Chosen:
         found = list({c.id: c for c in [*named, *rest]}.values())
         return sorted(found, key=lambda c: not _is_new(c, trained)) if split == "unseen" else found
 
+    def lacking(condition: str) -> list[Clip]:
+        return [c for c in ordered(condition) if split != "unseen" or _is_new(c, trained)]
+
     return Chosen(
         first(ordered("factual", lambda g: (g.oo, g.xx)), settings.factual),
         first(ordered("counterfactual", lambda g: (g.ox, g.xo)), settings.counterfactual),
         first(grids, settings.grids),
-        {
-            name: first(
-                [c for c in ordered(of) if _is_near(c) == name.startswith("near") and (split != "unseen" or _is_new(c, trained))], settings.bare
-            )
-            for name, of in BARE.items()
-        },
+        {name: first([c for c in lacking(of) if _is_near(c) == name.startswith("near")], settings.bare) for name, of in BARE.items()},
     )
 
 

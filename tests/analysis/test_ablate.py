@@ -20,7 +20,7 @@ from analysis.__main__ import main
 from analysis.ablate import AblateError, flat, is_done, load_set, nested, plan_jobs, run_jobs
 from analysis.ablation import Ablation, Run, compare_arms
 from analysis.ablation_report import ablation_tables, charts, markdown, write_page
-from analysis.findings import CaptionFidelity, Estimate, Findings
+from analysis.findings import CaptionFidelity, Estimate, Findings, Sources
 from analysis.items import ItemStore, Key
 from analysis.statistics import Dyads
 from data.build import build
@@ -112,6 +112,25 @@ def test_shortcut_index_and_captions():
     assert first.estimate.value == 0.25 and second.estimate.value == 0.5 and second.difference.value == pytest.approx(0.25)
     assert result.arms[1].measures["caption_sound"].difference.value == pytest.approx(0.375)
     assert "abstains" not in result.arms[0].measures and "caption_picture" not in result.arms[0].measures
+
+
+def test_unseen_sources_are_measures_where_they_were_asked_about():
+    """Two of three conflicts of new recordings are right. What the clips share with the train split stands beside the table."""
+
+    def with_new(right, **changes):
+        made = found(**changes)
+        store = ItemStore()
+        group = store.of(["u0", "u1", "u2"], (["p0", "p1", "p2"], ["r0", "r1", "r2"]))
+        group.keep(Key("following", "unseen_counterfactual", "hear", "", "correct"), right)
+        made.items += store.saved()
+        made.sources = [Sources("test", 3, 3, 4, 4, 9), Sources("unseen", 0, 3, 2, 5, 9)]
+        return made
+
+    result = compared(plan=[run(with_new([1, 1, 0]), before=with_new([0, 0, 0], hear=NONE))], other=[run(found())])
+    assert result.arms[0].measures["hear_new"].estimate.value == pytest.approx(2 / 3) and result.before.measures["hear_new"].estimate.value == 0
+    assert "see_new" not in result.arms[0].measures and "hear_new" not in result.arms[1].measures
+    assert result.left_out[1] == "Unseen split: 0 of 3 pictures and 2 of 5 recordings are in the train split too, in other renderings."
+    assert "| unseen, hear |" in markdown(Ablation([result])) and result.left_out[0] in markdown(Ablation([result]))
 
 
 EMPTY = (("muted", "hear"), ("near_silent", "hear"), ("blanked", "see"), ("near_black", "see"))

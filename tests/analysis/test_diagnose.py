@@ -252,7 +252,7 @@ NAMES = ["dog", "cat", "rooster", "train", "bell", "rain"]
 
 
 def test_no_rate_of_unseen_sources_has_a_trained_one(model, half_trained):
-    found = diagnose(model, half_trained, dataclasses.replace(SMALL.answers_only(), unseen=None, captions=0), "test", progress=False)
+    found = diagnose(model, half_trained, dataclasses.replace(SMALL.answers_only(), unseen=None), "test", progress=False)
     conflicts = half_trained.select("unseen", "counterfactual")
     heard, seen = ([c for c in conflicts if c.audio_label in NAMES[3:]], [c for c in conflicts if c.video_label in NAMES[:2]])
     assert 0 < len(heard) < len(conflicts) and 0 < len(seen) < len(conflicts)
@@ -265,28 +265,19 @@ def test_no_rate_of_unseen_sources_has_a_trained_one(model, half_trained):
     }
     named = {f.condition: f.correct.value for f in found.following if f.question == "hear"}
     asked = [s for s in found.samples if (s.condition, s.modality) == ("unseen_counterfactual", "hear")]
-    assert {s.clip for s in asked} == {c.id for c in heard} and named["unseen_counterfactual"] == pytest.approx(
-        sum(s.correct for s in asked) / len(asked)
-    )
+    assert {s.clip for s in asked} == {c.id for c in heard}
+    assert named["unseen_counterfactual"] == pytest.approx(sum(s.correct for s in asked) / len(asked))
     assert all(s.audio_source.startswith("new") for s in asked)
     assert {s.condition for s in found.samples if s.audio_source == "the dog of swaps" and s.modality == "hear"} <= {"factual", "counterfactual"}
     [test, unseen] = found.sources
-    assert test.split == "test" and (unseen.split, unseen.trained_pictures, unseen.pictures, unseen.trained_recordings, unseen.recordings) == (
-        "unseen",
-        4,
-        6,
-        3,
-        6,
-    )
+    assert test.split == "test" and dataclasses.astuple(unseen)[:-1] == ("unseen", 4, 6, 3, 6)
     said = found.trained_on()
     assert said[1] == "Unseen split: 4 of 6 pictures and 3 of 6 recordings are in the train split too, in other renderings."
-    assert (
-        "Unseen sources, factual clips, asked what it hears: 3 clips of a new recording; 3 whose recording the train split has are left out." in said
-    )
-    again = diagnose(model, half_trained, dataclasses.replace(SMALL.answers_only(), unseen=2, captions=0), "test", progress=False)
-    assert {(f.condition, f.question): f.correct.n + f.trained for f in again.following if f.condition.startswith("unseen")} == dict.fromkeys(
-        counts, 2
-    )
+    left = "3 clips of a new recording; 3 whose recording the train split has are left out."
+    assert f"Unseen sources, factual clips, asked what it hears: {left}" in said
+    again = diagnose(model, half_trained, dataclasses.replace(SMALL.answers_only(), unseen=2), "test", progress=False)
+    sums = {(f.condition, f.question): f.correct.n + f.trained for f in again.following if f.condition.startswith("unseen")}
+    assert sums == dict.fromkeys(counts, 2)
 
 
 def test_the_unseen_split_itself_looks_into_new_clips_only(model, half_trained):
@@ -309,12 +300,11 @@ def test_the_unseen_split_itself_looks_into_new_clips_only(model, half_trained):
 
 def test_disjoint_sources_and_no_train_split_are_said(model, clips):
     few = dataclasses.replace(SMALL.answers_only(), counterfactual=2, factual=2, bare=0, grids=0)
-    own = tuple(
-        dataclasses.replace(c, video_source=f"my {c.video_source}", audio_source=f"my {c.audio_source}") if c.split == "test" else c
-        for c in clips.clips
-    )
-    found = diagnose(model, dataclasses.replace(clips, clips=own), few, "test", progress=False)
+    own = [dataclasses.replace(c, video_source=f"my {c.video_source}", audio_source=f"my {c.audio_source}") for c in clips.select("test")]
+    rest = [c for c in clips.clips if c.split != "test"]
+    found = diagnose(model, dataclasses.replace(clips, clips=(*own, *rest)), few, "test", progress=False)
     assert found.trained_on()[0].startswith("Test split: 0 of ") and " and 0 of " in found.trained_on()[0]
-    tested = dataclasses.replace(clips, clips=tuple(c for c in clips.clips if c.split == "test"))
-    [_, last] = diagnose(model, tested, few, "test", progress=False).trained_on()
+    tested = dataclasses.replace(clips, clips=tuple(clips.select("test")), grids=())
+    [first, last] = diagnose(model, tested, few, "test", progress=False).trained_on()
+    assert first.startswith("Test split: 0 of ")
     assert last == "The clip folder has no train split, so whether its sources were trained on is not known."

@@ -1,6 +1,7 @@
 """The page: it shows the numbers, plays the clips, escapes what models say, and loads nothing."""
 
 import base64
+import dataclasses
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from analysis.charts import RATES, Series, columns, lines, span, tick_steps
 from analysis.compare import compare
-from analysis.findings import CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift
+from analysis.findings import CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift, Sources
 from analysis.items import ItemStore, Key
 from analysis.report import headline, headline_figure, write_report
 from analysis.tables import comparison_tables, findings_tables
@@ -337,3 +338,27 @@ def test_points_lie_where_their_values_are():
     stack = columns([("0", [("video", "video", e(0.75)), ("audio", "audio", e(0.25))])], "t", "layer")
     heights = [float(h) for h in re.findall(r'class="bar[^>]*height="([\d.]+)"', stack.body)]
     assert heights[0] == pytest.approx(3 * heights[1], rel=0.01)
+
+
+def test_what_was_trained_on_is_said_first(clips, tmp_path):
+    """At the top of the page, of the tables of findings and of those of a comparison."""
+    before, after = findings(0.1, 0.6), findings(0.9, 0.05)
+    for one in (before, after):
+        one.sources = [Sources("test", 86, 86, 43, 43, 5), Sources("unseen", 0, 43, 34, 43, 5)]
+        unseen = dataclasses.replace(one.following[0], condition="unseen_counterfactual", trained=136)
+        none = Following("unseen_factual", "hear", *[Estimate(None, None, None, 0, 0)] * 7, trained=86)
+        one.following = [*one.following, unseen, none]
+    comparison = compare(before, after)
+    said = [
+        "Test split: 86 of 86 pictures and 43 of 43 recordings are in the train split too, in other renderings.",
+        "Unseen split: 0 of 43 pictures and 34 of 43 recordings are in the train split too, in other renderings.",
+        "Unseen sources, conflicts, asked what it hears: 600 clips of a new recording; 136 whose recording the train split has are left out.",
+        "Unseen sources, factual clips, asked what it hears: 0 clips of a new recording; 86 whose recording the train split has are left out.",
+    ]
+    assert after.trained_on() == comparison.trained_on == said
+    assert comparison.find("following", "audio", "unseen_factual", "hear") is None  # nothing was measured there
+    write_report(tmp_path / "r.html", [("before", before), ("after", after)], clips, comparison=comparison)
+    text = " ".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).text.split())
+    assert text.count(" ".join(said)) == 1 and text.index(said[0]) < text.index("What the answers name")
+    for tables in (findings_tables(after), comparison_tables(comparison)):
+        assert tables[0].title == "What was trained on" and list(tables[0].columns[0].cells) == said

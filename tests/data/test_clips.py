@@ -190,8 +190,7 @@ def test_sources_that_the_train_split_has_too(small: Clips) -> None:
     clip with the cow's leaves one.
     """
     assert small.shared_sources("unseen") == {"video": (0, 6), "audio": (4, 6)}
-    pictures, recordings = small.shared_sources("test").values()
-    assert pictures[0] == pictures[1] > 6 and recordings[0] == recordings[1] >= 6  # "" of muted and blanked clips is none
+    assert "" not in small.sources("test")["video"] | small.sources("test")["audio"]  # of muted and blanked clips
     [cow] = {c.audio_source for c in small.select("unseen") if c.audio_label == "cow"}
     swapped = small.select("train", "counterfactual")[0]
     changed = replace(small, clips=tuple(replace(c, audio_source=cow) if c is swapped else c for c in small.clips))

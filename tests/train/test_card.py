@@ -48,9 +48,8 @@ def test_unseen_sources_say_what_they_are_of():
     """The rate has its own n, what is left out is counted, and what the splits share with the train split is said."""
     config = Config()
     text = card("plan", CHECKPOINT, config, make_plan(biased(), config), BEFORE, AFTER)
-    sound, picture = (
-        f"Conflicts of unseen sources, asked what it {asked}: names the {stream}" for asked, stream in (("hears", "sound"), ("sees", "picture"))
-    )
+    asked = "Conflicts of unseen sources, asked what it"
+    sound, picture = f"{asked} hears: names the sound", f"{asked} sees: names the picture"
     assert f"| {sound} (36 clips, 9 sources) | 8.7 % (6.7–10.7) | 11.1 % (9.1–13.1) |" in text
     assert f"| {picture} (172 clips, 43 sources) | 41.9 % (39.9–43.9) | 41.9 % (39.9–43.9) |" in text
     assert "\nTest split: 86 of 86 pictures and 43 of 43 recordings are in the train split too, in other renderings.\n" in text
