@@ -93,7 +93,7 @@ def ceilings(model: AVLLM, clips: Clips, progress: bool = True) -> list[Ceiling]
         known = trained[stream]
         states = np.stack([_mean(model, clip, clips.root, stream) for clip in everything])
         target = np.array([names.index(clip.audio_label if stream == "audio" else clip.video_label) for clip in everything])
-        right = dict(zip((clip.id for clip in everything), probe_predictions(states, [target], [fold], len(names))[0] == target, strict=True))
+        right = dict(zip((clip.id for clip in everything), probe_predictions(states, [target], [fold])[0] == target, strict=True))
         for split in SPLITS:
             read = {clip.id: bool(right[clip.id]) for clip in tried[split]}
             row = Ceiling(stream, split, Estimate(None, None, None, 0, 0), read, len(learned), known)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from analysis.events import VERDICTS
 from analysis.fidelity import caption_key
 from analysis.findings import FORMAT, NEUTRAL, Effect, Estimate, Findings, Items, load_json, save_json
-from analysis.items import Key, cut_item, flow_item, lens_item, probe_item, tuned_item, unpacked
+from analysis.items import Key, cut_item, flow_item, latent_item, lens_item, probe_item, tuned_item, unpacked
 from analysis.statistics import Dyads, Intervals, by_source, corrected, mapped, shortcut
 
 
@@ -154,8 +154,17 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
     if findings.latent:
         yield Key("latent", None, None, "", "latent"), findings.latent.latent
         yield Key("latent", None, None, "", "said"), findings.latent.said
+        for end, swapped, read in (
+            (False, True, findings.latent.swapped),
+            (True, False, findings.latent.end),
+            (True, True, findings.latent.end_swapped),
+        ):
+            if read:
+                yield Key("latent", None, None, latent_item(end=end, swapped=swapped), "latent"), read.rate
     if findings.tuned:
-        yield Key("latent", None, None, "tuned lens", "latent"), findings.tuned.latent.latent
+        yield Key("latent", None, None, latent_item(tuned=True), "latent"), findings.tuned.latent.latent
+        if findings.tuned.latent.end:
+            yield Key("latent", None, None, latent_item(tuned=True, end=True), "latent"), findings.tuned.latent.end.rate
         for measure in ("kl_before", "kl_after"):
             for layer, value in enumerate(getattr(findings.tuned, measure)):
                 yield Key("tuned", None, None, tuned_item(layer), measure), value

@@ -163,21 +163,22 @@ class Flow:
 class Probe:
     """A linear read-out, per layer (index 0 = embeddings, l = output of layer l), at one position for one stream's label on counterfactual clips."""
 
-    position: str  # audio | question | last_prompt
+    position: str  # audio (the sound's own rows) | audio_end (its closing delimiter) | question | last_prompt
     label: str  # audio | visual
     accuracy: list[Estimate]
-    shuffled: list[float]  # control: shuffled labels
+    shuffled: list[float]  # control: labels shuffled clip by clip, which is chance
     audio_removed: list[float] | None  # control: the same model without its audio
     random_weights: list[float] | None  # control: same shapes, random weights
     selectivity: list[Effect]  # accuracy - best control, clip by clip
-    folds: str
+    folds: str  # also how the control task was drawn
+    control_task: list[float] = field(default_factory=list)  # control: a random label for each source, the same in all its clips
 
 
 @dataclass
 class Lens:
     """Logit lens through the final norm: rate at which a true event word is in the top k, minus the rate for shuffled references, per layer."""
 
-    position: str  # audio | question | emitters
+    position: str  # audio (the sound's own rows) | audio_end (its closing delimiter) | question | emitters
     label: str  # audio | visual
     k: int
     hit: list[Estimate]
@@ -187,15 +188,30 @@ class Lens:
 
 
 @dataclass
-class Latent:
-    """Latent audio understanding: control-corrected lens hit rate at audio positions, layer chosen on one half, reported on the other.
+class Readout:
+    """The control-corrected lens hit rate of the sound's words in one layer."""
 
-    `said`: the same clips' rate of answers that say it aloud.
+    layer: int
+    rate: Estimate
+
+
+@dataclass
+class Latent:
+    """Latent audio understanding: control-corrected lens hit rate at the sound's own rows, layer chosen on one half, reported on the other.
+
+    `said`: the same clips' rate of answers that say it aloud. `end`: the same at the sound's closing delimiter, which follows all sound and picture
+    and collects from both. `swapped`, `end_swapped`: the halves exchanged, so how far the number depends on them; None for the tuned lens, which is
+    fitted on one of them.
     """
 
     layer: int
     latent: Estimate
     said: Estimate
+    k: int = 5  # a word counts as read when it is among this many top tokens
+    pooling: str = "any row"  # of the position: a clip is a hit if one of them is
+    swapped: Readout | None = None
+    end: Readout | None = None
+    end_swapped: Readout | None = None
 
 
 @dataclass

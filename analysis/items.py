@@ -58,6 +58,11 @@ def lens_item(label: str, k: int, position: str, layer: int, lens: str = "logit"
     return f"{label} words in the top {k} at {position}{'' if lens == 'logit' else f', {lens} lens'}, layer {layer}"
 
 
+def latent_item(tuned: bool = False, end: bool = False, swapped: bool = False) -> str:
+    """Latent audio understanding as an item: by which lens, at the sound's own rows or its closing delimiter, and with which half to choose on."""
+    return ", ".join(part for part in ("tuned lens" * tuned, "end-of-audio token" * end, "halves exchanged" * swapped) if part)
+
+
 def tuned_item(layer: int) -> str:
     """How far a lens is from the final output as an item."""
     return f"KL to the final output, layer {layer}"

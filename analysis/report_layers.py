@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from analysis.charts import RATES, Series, columns, lines, span, stacked_rows
 from analysis.report_parts import Figure, Group, Named, capital, line_figure, rate_of
-from analysis.tables import CONDITIONS, POSITIONS, STREAMS, TOKENS, counted, cut_name, effect, layers, number, percent, words
+from analysis.tables import CONDITIONS, POSITIONS, STREAMS, TOKENS, counted, cut_name, effect, latent_text, layers, number, percent, words
 
 STREAM_TONES = {"audio": "audio", "visual": "vision"}
 VARIANTS = {"plain": "all mass", "no_sink": "without the first token", "value_norm": "weighted by value norm"}
@@ -79,10 +79,12 @@ def cut_panel(
 
 
 def probe_figures(ends: list[Named]) -> list[Figure]:
-    """Per position: accuracy for the sound and the picture over layers; the grey band spans the controls of the last findings."""
+    """Per position: accuracy for the sound and the picture over layers; the grey band spans the controls of the last findings, the two of labels
+    have columns of their own.
+    """
     figures = []
     for position in dict.fromkeys(p.position for _, f in ends for p in f.probes):
-        series, controls, folds = [], [], ""
+        series, controls, beside, folds = [], [], dict[str, list[float]](), ""
         for k, (name, findings) in enumerate(ends):
             for p in findings.probes:
                 if p.position == position:
@@ -91,8 +93,14 @@ def probe_figures(ends: list[Named]) -> list[Figure]:
                     series.append(Series(label, STREAM_TONES.get(p.label, "neither"), points, dashed=len(ends) > 1 and k == 0))
                     folds = p.folds
                     if k == len(ends) - 1:
-                        controls += [c for c in (p.shuffled, p.audio_removed, p.random_weights) if c]
-        figures.append(_layer_figure(f"Read at the {words(position, POSITIONS)}", series, controls, RATES, f"Folds: {folds}." if folds else ""))
+                        controls += [c for c in (p.shuffled, p.control_task, p.audio_removed, p.random_weights) if c]
+                        labels = (("control task", p.control_task), ("shuffled", p.shuffled))
+                        beside |= {f"{what}, {words(p.label, STREAMS)}": c for what, c in labels if c}
+        figure = _layer_figure(f"Read at the {words(position, POSITIONS)}", series, controls, RATES, f"Folds: {folds}." if folds else "")
+        figure.header += beside
+        for layer, row in enumerate(figure.rows):
+            row += [f"{100 * rates[layer]:.1f} %" for rates in beside.values()]
+        figures.append(figure)
     return figures
 
 
@@ -150,10 +158,10 @@ def latent_sentences(ends: list[Named]) -> list[str]:
     sentences = []
     for name, f in ends:
         if f.latent:
-            tuned = f" By the tuned lens {percent(f.tuned.latent.latent)} (layer {f.tuned.latent.layer})." if f.tuned else ""
+            tuned = f" By the tuned lens: {latent_text(f.tuned.latent)}." if f.tuned else ""
             sentences.append(
-                f"{capital(name)}: the true sound can be read inside in {percent(f.latent.latent)} of clips "
-                f"(above shuffled references, layer {f.latent.layer}, n = {f.latent.latent.n}) and is said aloud in {percent(f.latent.said)}.{tuned}"
+                f"{capital(name)}: the true sound can be read inside, above shuffled references, in {latent_text(f.latent)}; "
+                f"it is said aloud in {percent(f.latent.said)}.{tuned}"
             )
     return sentences
 

@@ -66,7 +66,7 @@ class DiagnoseSettings:
     flips: int = 2000
     """Sign flips of the permutation null of modality reliance."""
     seed: int = 0
-    """Chooses clips where not all are used, shuffles labels, draws the sign flips."""
+    """Chooses clips where not all are used, shuffles labels, draws control tasks and sign flips."""
     batch: int = 48
     """Clips to a visit. Does not change what is measured."""
 

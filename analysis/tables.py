@@ -18,7 +18,7 @@ from rich.table import Table
 
 from analysis.compare import Change, Comparison
 from analysis.fidelity import Agreement
-from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following, Language
+from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following, Language, Latent, Readout
 
 CONDITIONS = {
     "counterfactual": "conflicts",
@@ -36,7 +36,13 @@ CONDITIONS = {
 ABSTENTION = (*MISSING, ("factual", "hear"), ("factual", "see"), ("counterfactual", "hear"), ("counterfactual", "see"))
 QUESTIONS = {"hear": "the sound", "see": "the picture", "both": "both"}
 UNREAD = ("unparsed", "cut off")  # shares that stand beside every rate of answers: what could not be read, what ended at the token limit
-POSITIONS = {"audio": "audio tokens", "question": "question", "emitters": "answer", "last_prompt": "last prompt token"}
+POSITIONS = {
+    "audio": "audio tokens",
+    "audio_end": "end-of-audio token",
+    "question": "question",
+    "emitters": "answer",
+    "last_prompt": "last prompt token",
+}
 STREAMS = {"audio": "the sound", "visual": "the picture"}
 TOKENS = {
     "all": "all tokens",
@@ -45,6 +51,19 @@ TOKENS = {
     "rest": "other words",
     "first_event": "first event word",
 }
+
+
+def latent_text(latent: Latent) -> str:
+    """What can be read at the sound's own rows and at its closing delimiter, in which layer, and what the exchanged halves give."""
+    parts = []
+    for where, here, other in (
+        ("the audio tokens", Readout(latent.layer, latent.latent), latent.swapped),
+        ("the end-of-audio token", latent.end, latent.end_swapped),
+    ):
+        if here:
+            exchanged = f"; halves exchanged: {share(other.rate.value)}, layer {other.layer}" if other else ""
+            parts.append(f"{percent(here.rate)} at {where} (top {latent.k}, {latent.pooling}, layer {here.layer}, n = {here.rate.n}{exchanged})")
+    return ", ".join(parts)
 
 
 def words(name: str | None, table: dict[str, str]) -> str:
@@ -182,14 +201,20 @@ def findings_tables(findings: Findings) -> list[Table]:
         table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
         tables.append(table)
     if findings.probes:
-        table = titled("Linear probes: what can be read from inside", "label of", "read at", "best layer", "accuracy", "best control", "selectivity")
+        table = titled(
+            "Linear probes: what can be read from inside", "label of", "read at", "layer", "accuracy", "control task", "shuffled", "selectivity"
+        )
         for p in findings.probes:
             if (layer := _peak(p.selectivity)) is not None:
                 right, above = p.accuracy[layer], p.selectivity[layer]
-                shown = "–" if right.value is None or above.value is None else f"{100 * (right.value - above.value):.1f} %"
-                gained = percent(above, signed=True)
-                table.add_row(words(p.label, STREAMS), words(p.position, POSITIONS), str(layer), percent(right), shown, gained)
-        table.caption = "Layer 0 is the embeddings. Selectivity: points above the best control."
+                controls = [share(rates[layer] if rates else None) for rates in (p.control_task, p.shuffled)]
+                table.add_row(
+                    words(p.label, STREAMS), words(p.position, POSITIONS), str(layer), percent(right), *controls, percent(above, signed=True)
+                )
+        table.caption = (
+            "The layer of the highest selectivity; 0 is the embeddings. Control task: a random label for each source, the same in all its clips; "
+            "shuffled: labels shuffled clip by clip, which is chance. Selectivity: points above the best control."
+        )
         tables.append(table)
     if findings.lens:
         table = titled("Lenses: true event words among the top k", "lens", "words for", "read at", "k", "best layer", "hit rate", "above shuffled")
@@ -198,13 +223,9 @@ def findings_tables(findings: Findings) -> list[Table]:
                 gained = percent(n.corrected[layer], signed=True)
                 table.add_row(n.lens, words(n.label, STREAMS), words(n.position, POSITIONS), str(n.k), str(layer), percent(n.hit[layer]), gained)
         if findings.latent:
-            shown = (
-                f"{percent(findings.latent.latent)} understood inside (layer {findings.latent.layer}), {percent(findings.latent.said)} said aloud."
-            )
-            table.caption = f"Latent audio understanding: {shown}"
+            table.caption = f"Latent audio understanding: {latent_text(findings.latent)}; {percent(findings.latent.said)} said aloud."
             if findings.tuned:
-                latent = findings.tuned.latent
-                table.caption += f" By the tuned lens: {percent(latent.latent)} (layer {latent.layer}, n = {latent.latent.n})."
+                table.caption += f" By the tuned lens: {latent_text(findings.tuned.latent)}."
         tables.append(table)
     if findings.shift:
         table = titled("Answers against the base without audio", "tokens", "clips", "its first choice", "2nd or 3rd", "beyond", "KL, nats", "n")

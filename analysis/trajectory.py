@@ -51,6 +51,8 @@ def headline(findings: Findings) -> dict[str, Estimate]:
                 found[f"captions/{c.condition}/{c.question}/{measure}"] = getattr(c, measure)
     if findings.latent:
         found |= {"latent/logit": findings.latent.latent, "latent/said": findings.latent.said}
+        if findings.latent.end:
+            found["latent/end"] = findings.latent.end.rate
     if findings.tuned:
         found["latent/tuned"] = findings.tuned.latent.latent
     for p in findings.probes:
@@ -112,10 +114,15 @@ def panel(name: str) -> Panel:
                 "audio" if side == "audio" else "vision",
             )
         case "latent", [lens]:
-            line, tone = {"logit": ("logit lens", "near"), "tuned": ("tuned lens", "base"), "said": ("said aloud", "audio")}[lens]
+            line, tone = {
+                "logit": ("logit lens", "near"),
+                "end": ("logit lens, end-of-audio token", "far"),
+                "tuned": ("tuned lens", "base"),
+                "said": ("said aloud", "audio"),
+            }[lens]
             return Panel("Latent audio understanding", line, tone)
         case "probes", [label, position]:
-            at = {"audio": "audio tokens", "last_prompt": "last prompt token"}.get(position, position)
+            at = {"audio": "audio tokens", "audio_end": "end-of-audio token", "last_prompt": "last prompt token"}.get(position, position)
             return Panel(f"Best probe at the {at}", "the sound" if label == "audio" else "the picture", "audio" if label == "audio" else "vision")
         case "attention", [condition, stream]:
             line = "to audio tokens" if stream == "audio" else "to video tokens"

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.findings import Latent, Tuned
-from analysis.items import ItemStore, Key, tuned_item
-from analysis.probing import LENS_CELLS, LENS_POSITIONS, LensTally, halves, lens_hits, lens_states, word_table
+from analysis.findings import Latent, Readout, Tuned
+from analysis.items import ItemStore, Key, latent_item, tuned_item
+from analysis.probing import LENS_CELLS, LENS_POSITIONS, POOLING, LensTally, halves, lens_hits, lens_states, word_table
 from analysis.tally import Record, Tally
 from analysis.visits import Subject, Visit
 from data.clips import Clip
 from models import AVLLM
 
-ROWS = 8  # rows a clip and position
+ROWS = 8  # rows a clip and position; the closing delimiter of the sound is one
 STATE_CELLS = 2**28  # numbers kept for the fit; with more clips or a larger model fewer rows a clip
 PENALTIES = (1e-5, 1e-3, 1e-1, 10.0)  # of the ridge regression, in units of each input's own sum of squares
 HELD_OUT = 5  # every fifth fitting clip chooses the penalty and when to stop
@@ -43,8 +43,8 @@ STEPS, CHECK, BATCH, RATE = 60, 10, 256, 0.2  # Adam: the rate is RATE / H, in u
 class TunedLens:
     """weight: (L, H, H), bias: (L, H), float32, of states 0 (embeddings) to L - 1; the last layer's, L, are read as they are.
 
-    `fitted_on`: ids of the clips; `rows`: how many states of them in each layer; `layer`: where the sound's words were read best on the fifth of
-    them that chose when to stop.
+    `fitted_on`: ids of the clips; `rows`: how many states of them in each layer; `layer`: where the sound's words were read best at the sound's own
+    rows on the fifth of them that chose when to stop, `end_layer`: at its closing delimiter.
     """
 
     weight: torch.Tensor
@@ -52,6 +52,7 @@ class TunedLens:
     fitted_on: tuple[str, ...]
     rows: int
     layer: int
+    end_layer: int = 0
 
     def states(self, states: torch.Tensor, layer: int) -> torch.Tensor:
         """States (..., H) of a layer in the space of the last layer's, same dtype."""
@@ -67,17 +68,20 @@ class TunedLens:
     def record(self) -> Record:
         """As a record (analysis/tally.py), which `of_record` reads."""
         arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
-        return {**arrays, "fitted_on": list(self.fitted_on), "rows": self.rows, "layer": self.layer}
+        return {**arrays, "fitted_on": list(self.fitted_on), "rows": self.rows, "layer": self.layer, "end_layer": self.end_layer}
 
     @classmethod
     def of_record(cls, record: Record) -> TunedLens:
         """What `record` made, on the CPU."""
         weight, bias = torch.from_numpy(record["weight"]), torch.from_numpy(record["bias"])
-        return cls(weight, bias, tuple(record["fitted_on"]), record["rows"], record["layer"])
+        return cls(weight, bias, tuple(record["fitted_on"]), record["rows"], record["layer"], record["end_layer"])
 
 
 def sampled(visit: Visit, rows: int, chosen: Sequence[int]) -> tuple[NDArray, NDArray, torch.Tensor]:
-    """Clip (R,) and position (R,) of at most `rows` evenly spaced rows a position of the visit's clips `chosen`, and their states (R, L + 1, H)."""
+    """Clip (R,) and position (R,) of at most `rows` evenly spaced rows a position of the visit's clips `chosen`, and their states (R, L + 1, H).
+
+    Positions are indices into LENS_POSITIONS: the sound's own rows, its closing delimiter, the question, the emitters.
+    """
     clip, position, states = list[int](), list[int](), list[torch.Tensor]()
     for p, (_, layers, mask) in enumerate(lens_states(visit)):
         for c in chosen:
@@ -122,8 +126,8 @@ class TunedLensFit(Tally):
         choose, report = halves(clips)
         self.subject, self.k = subject, k
         self.fitting, self.report = {clips[i].id for i in choose}, [clips[i] for i in report]
-        cells = len(LENS_POSITIONS) * (subject.model.n_layers + 1) * subject.model.hidden_size * max(1, len(choose))
-        self.rows = max(1, min(rows, STATE_CELLS // cells))
+        cells = (subject.model.n_layers + 1) * subject.model.hidden_size * max(1, len(choose))
+        self.rows = max(1, min(rows, (STATE_CELLS // cells - 1) // (len(LENS_POSITIONS) - 1)))  # one row is the delimiter
         self.clips: list[Clip] = []
         self._parts: list[tuple[NDArray, NDArray, NDArray]] = []
 
@@ -153,11 +157,12 @@ class TunedLensFit(Tally):
         states, chooses = torch.from_numpy(array).to(model.device), torch.from_numpy(held).to(model.device)
         maps = [fit_layer(model, states[:, layer], states[:, -1], chooses) for layer in range(states.shape[1] - 1)]
         lens = TunedLens(torch.stack([w for w, _ in maps]), torch.stack([b for _, b in maps]), tuple(self.clips[c].id for c in used), len(clip), 0)
-        return replace(lens, layer=self._best_layer(lens, clip[held], position[held], states[chooses]))
+        layer, end = (self._best_layer(lens, clip[held], position[held], states[chooses], at) for at in ("audio", "audio_end"))
+        return replace(lens, layer=layer, end_layer=end)
 
-    def _best_layer(self, lens: TunedLens, clip: NDArray, position: NDArray, states: torch.Tensor) -> int:
-        """Where the true sound's words are in the top k at the audio rows of these clips most often, above the mean over the wrong classes."""
-        model, audio = self.subject.model, position == LENS_POSITIONS.index("audio")
+    def _best_layer(self, lens: TunedLens, clip: NDArray, position: NDArray, states: torch.Tensor, at: str) -> int:
+        """Where the true sound's words are in the top k at the rows `at` a position most often, above the mean over the wrong classes."""
+        model, audio = self.subject.model, position == LENS_POSITIONS.index(at)
         table = {"audio": word_table(self.subject)["audio"]}
 
         def read(x: torch.Tensor, layer: int) -> torch.Tensor:
@@ -276,8 +281,13 @@ class TunedTally(LensTally):
             group.means([Key("tuned", None, None, tuned_item(layer), name) for layer in range(kl.shape[1])], kl)
             for name, kl in zip(("kl_before", "kl_after"), np.concatenate(self._divergence).transpose(1, 0, 2), strict=True)
         )
-        hit, control = self._rates("audio", "audio")
-        layer = self.lens.layer
-        latent = group.means([Key("latent", None, None, "tuned lens", "latent")], (hit - control)[:, layer, None])[0]
-        said = group.rates([Key("latent", None, None, "tuned lens", "said")], np.array(self.said)[:, None])[0]
-        return Tuned(len(self.lens.fitted_on), self.lens.rows, before, after, self.rows(items), Latent(layer, latent, said))
+
+        def read(layer: int, end: bool) -> Readout:
+            hit, control = self._rates("audio_end" if end else "audio", "audio")
+            key = Key("latent", None, None, latent_item(tuned=True, end=end), "latent")
+            return Readout(layer, group.means([key], (hit - control)[:, layer, None])[0])
+
+        audio, end = read(self.lens.layer, False), read(self.lens.end_layer, True)
+        said = group.rates([Key("latent", None, None, latent_item(tuned=True), "said")], np.array(self.said)[:, None])[0]
+        latent = Latent(audio.layer, audio.rate, said, self.k, POOLING, end=end)
+        return Tuned(len(self.lens.fitted_on), self.lens.rows, before, after, self.rows(items), latent)

@@ -56,7 +56,7 @@ class Paper:
             rows[len(rows) - len(answer) - 1] = ("q", after[-1])
         self.kinds, kinds = [k for k, _ in rows], np.array([k for k, _ in rows])
         n, self.first = len(rows), len(rows) - len(answer) - 1
-        what = [t for _, t in rows]
+        what = self.what = [t for _, t in rows]
 
         # What enters layer 0: one code a row at most, and a filler F that makes the mean square of the 64 numbers 1.
         v = np.array([g.v if t == "PICTURE" else 0.0 for t in what])
@@ -334,14 +334,19 @@ def test_words_in_the_top_five(subject, visits, model):
     rows = {(row.position, row.label): row for row in tally.rows(ItemStore())}
     clips = [clip for visit in conflicts for clip in visit.clips]
     answers = [ids for visit in conflicts for ids in visit.answer_ids("hear")]
-    for position, letter in (("audio", "a"), ("question", "q"), ("emitters", "e")):
+    for position, is_there in (
+        ("audio", lambda paper: [w == "SOUND" for w in paper.what]),
+        ("audio_end", lambda paper: [w == "<|audio_eos|>" for w in paper.what]),
+        ("question", lambda paper: [kind == "q" for kind in paper.kinds]),
+        ("emitters", lambda paper: [kind == "e" for kind in paper.kinds]),
+    ):
         for label in ("audio", "visual"):
             words = [token(model, pair[label == "audio"]) for pair in CLASSES.values()]
             for layer in range(3):
                 hits, others = [], []
                 for clip, ids in zip(clips, answers, strict=True):
                     paper, true = Paper(model, *classes(clip), "hear", ids), classes(clip)[label == "audio"]
-                    top = {int(t) for r in np.flatnonzero(np.array(paper.kinds) == letter) for t in np.argsort(-paper.logits[layer][r])[:5]}
+                    top = {int(t) for r in np.flatnonzero(is_there(paper)) for t in np.argsort(-paper.logits[layer][r])[:5]}
                     hits.append(words[true] in top)
                     others.append(np.mean([w in top for c, w in enumerate(words) if c != true]))
                 found = rows[position, label]
@@ -437,6 +442,7 @@ def test_what_a_linear_probe_can_read(model):
     rows = {(row.position, row.label): row for row in probe_rows(features, silent, None, 10, ItemStore(), 0)}
     readable = {
         ("audio", "audio"): (1, 1, 1), ("audio", "visual"): (0, 1, 1),
+        ("audio_end", "audio"): (0, 0, 1), ("audio_end", "visual"): (0, 1, 1),
         ("question", "audio"): (0, 0, 1), ("question", "visual"): (0, 1, 1),
         ("last_prompt", "audio"): (0, 0, 1), ("last_prompt", "visual"): (0, 1, 1),
     }  # fmt: skip
@@ -445,4 +451,6 @@ def test_what_a_linear_probe_can_read(model):
             accuracy = rows[key].accuracy[layer].value
             assert accuracy == 1 if there else accuracy < 0.3
             assert rows[key].shuffled[layer] < 0.3
-    assert max(rows["question", "audio"].audio_removed) < 0.3 and rows["question", "audio"].selectivity[2].value > 0.7
+    assert max(rows["question", "audio"].audio_removed) < 0.3
+    # Each class is one recording with an axis of its own, so any labels of recordings can be read as well: nothing shows that it is the class.
+    assert rows["question", "audio"].control_task[2] == 1 and rows["question", "audio"].selectivity[2].value == 0

@@ -12,7 +12,7 @@ from scipy import stats
 from analysis.compare import Comparison, _rows, compare
 from analysis.diagnose import DiagnoseSettings, diagnose
 from analysis.events import VERDICTS
-from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Reliance, Shift, Tuned
+from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Readout, Reliance, Shift, Tuned
 from analysis.items import ItemStore, Key, cut_item, packed, unpacked
 from analysis.statistics import Dyads, Intervals, shortcut
 from analysis.tables import best_cuts, comparison_tables, findings_tables, layers, number, percent
@@ -67,10 +67,11 @@ def findings(audio, items, **changes):
         ],
         probes=[Probe("audio", "audio", [e(0.1), e(0.7), e(0.6)], [0.1] * 3, None, None, above(0.0, 0.6, 0.5), "2 folds")],
         lens=[Lens("audio", "audio", 5, [e(0.1), e(0.3), e(0.2)], [0.1] * 3, above(0.0, 0.2, 0.1))],
-        latent=Latent(1, e(0.4), e(audio)),
+        latent=Latent(1, e(0.4), e(audio), end=Readout(2, e(0.7)), end_swapped=Readout(1, e(0.75))),
         tuned=Tuned(
             20, 480, [e(2.0), e(1.0), e(0.0)], [e(0.8), e(0.6), e(0.0)],
-            [Lens("audio", "audio", 5, [e(0.2), e(0.65), e(0.2)], [0.1] * 3, above(0.1, 0.55, 0.1), "tuned")], Latent(1, e(0.55), e(audio)),
+            [Lens("audio", "audio", 5, [e(0.2), e(0.65), e(0.2)], [0.1] * 3, above(0.1, 0.55, 0.1), "tuned")],
+            Latent(1, e(0.55), e(audio), end=Readout(0, e(0.8))),
         ),
         shift=[Shift("all", "counterfactual", e(0.6), e(0.3), e(0.1), e(2.0))],
         items=items,
@@ -107,6 +108,10 @@ def test_paired_differences_by_hand():
     assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, layer 1").after.value == pytest.approx(0.3)
     assert comparison.find("lens", "hit", item="audio words in the top 5 at audio, tuned lens, layer 1").after.value == pytest.approx(0.65)
     assert comparison.find("latent", "latent", item="tuned lens").before.value == pytest.approx(0.55)
+    ends = {name: comparison.find("latent", "latent", item=f"{name}end-of-audio token") for name in ("", "tuned lens, ")}
+    assert {name: change.before.value for name, change in ends.items()} == {"": 0.7, "tuned lens, ": 0.8}
+    assert comparison.find("latent", "latent", item="end-of-audio token, halves exchanged").after.value == 0.75
+    assert comparison.find("latent", "latent", item="halves exchanged") is None
     assert comparison.find("tuned", "kl_after", item="KL to the final output, layer 1").before.value == pytest.approx(0.6)
 
 

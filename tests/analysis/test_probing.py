@@ -12,9 +12,13 @@ from sklearn.preprocessing import StandardScaler
 
 from analysis.items import ItemStore
 from analysis.probing import (
+    DRAWS,
+    POSITIONS,
     SHRINKAGE,
+    SHUFFLES,
     LensTally,
     ProbeFeatures,
+    control_task,
     first_token,
     halves,
     lens_hits,
@@ -22,11 +26,14 @@ from analysis.probing import (
     probe_predictions,
     probe_rows,
     random_weights,
+    several,
+    sound_rows,
 )
 from analysis.visits import Subject, Visit
 from data.clips import Clip
 from data.questions import question
 from models import Kind, load_model
+from tests.analysis import brute
 from tests.models import reference
 
 
@@ -77,7 +84,7 @@ def test_predictions_are_those_of_scikit_learn_with_equal_priors(width):
     labels, other = rng.integers(5, size=90), rng.integers(5, size=90)
     states = rng.normal(size=(90, width)) * rng.uniform(0.5, 3, size=width) + rng.normal(size=(5, width))[labels]
     folds = [(np.setdiff1d(np.arange(90), test), test) for test in np.array_split(rng.permutation(90), 4)]
-    found = probe_predictions(states, [labels, other], folds, 5)
+    found = probe_predictions(states, [labels, other], folds)
     for target, prediction in zip((labels, other), found, strict=True):
         for train, test in folds:
             scaler = StandardScaler().fit(states[train])
@@ -90,7 +97,7 @@ def test_predictions_are_those_of_scikit_learn_with_equal_priors(width):
 def test_a_class_without_training_clips_is_never_predicted():
     labels = np.array([0, 0, 0, 1, 1, 1, 2])
     states = np.random.default_rng(0).normal(size=(7, 3))
-    found = probe_predictions(states, [labels], [(np.arange(6), np.array([6])), (np.arange(0), np.arange(6))], 3)[0]
+    found = probe_predictions(states, [labels], [(np.arange(6), np.array([6])), (np.arange(0), np.arange(6))])[0]
     assert found[6] in (0, 1) and (found[:6] == -1).all()
 
 
@@ -98,29 +105,131 @@ def features_of(clips, make) -> ProbeFeatures:
     """Features whose layer l at position p are make(l, p, clip)."""
     out = ProbeFeatures()
     out.clips = clips
-    out._states = [np.array([[[make(layer, p, c) for p in range(3)] for layer in range(2)] for c in clips])]
+    out._states = [np.array([[[make(layer, p, c) for p in POSITIONS] for layer in range(2)] for c in clips])]
     return out
 
 
+def sourced(clips, pictures=1, recordings=1) -> list[Clip]:
+    """The clips with so many sources to a class, each rendering from one of them."""
+
+    def source(rendering: str, kind: str, count: int) -> str:
+        name, rank = rendering.split("_")
+        return f"{kind}{name}.{int(rank) % count}"
+
+    return [replace(c, video_source=source(c.video_rendering, "p", pictures), audio_source=source(c.audio_rendering, "r", recordings)) for c in clips]
+
+
 def test_probes_find_a_planted_label_and_controls_do_not():
-    clips, rng = conflicts(200, classes=6, renderings=30), np.random.default_rng(0)
+    clips, rng = sourced(conflicts(200, classes=6, renderings=30), recordings=5), np.random.default_rng(0)
     code = {f"k{i}": rng.normal(size=10) for i in range(6)}
 
     def planted(layer, position, clip):
-        return rng.normal(size=10) * 0.3 + (code[clip.audio_label] if layer == 1 and position == 2 else 0)
+        return rng.normal(size=10) * 0.3 + (code[clip.audio_label] if layer == 1 and position == "last_prompt" else 0)
 
-    silent = features_of(clips, lambda *_: rng.normal(size=10))
-    rows = {(r.position, r.label): r for r in probe_rows(features_of(clips, planted), silent, silent, k=5, items=ItemStore(), seed=0)}
+    silent = features_of(clips, lambda _, position, __: rng.normal(size=10) * (np.nan if position.startswith("audio") else 1))
+    rows = {
+        (r.position, r.label): r
+        for r in probe_rows(features_of(clips, planted), silent, features_of(clips, lambda *_: rng.normal(size=10)), k=5, items=ItemStore(), seed=0)
+    }
     found = rows["last_prompt", "audio"]
     assert found.accuracy[1].value > 0.95 and found.accuracy[0].value < 0.35
     assert found.selectivity[1].value > 0.6 and abs(found.selectivity[0].value) < 0.15
     assert max(found.shuffled) < 0.3 and found.audio_removed is not None and found.random_weights is not None
     assert found.selectivity[1].value == pytest.approx(
-        found.accuracy[1].value - max(found.shuffled[1], found.audio_removed[1], found.random_weights[1])
+        found.accuracy[1].value - max(found.shuffled[1], found.control_task[1], found.audio_removed[1], found.random_weights[1])
     )
     assert rows["last_prompt", "visual"].accuracy[1].value < 0.35 and rows["question", "audio"].accuracy[1].value < 0.35
     assert rows["audio", "audio"].audio_removed is None and rows["last_prompt", "visual"].audio_removed is None
     assert found.accuracy[1].n == 200 and "no rendering" in found.folds
+
+
+def test_the_control_task_is_a_random_label_a_source():
+    """Twelve recordings of six classes draw from these classes, twice as often from the class that has twice as many."""
+    clips = [c for c in sourced(conflicts(400, classes=6, renderings=12), recordings=2) if c.audio_label != "k0" or c.audio_source == "r0.0"]
+    drawn: dict[str, int] = {}
+    for seed in range(300):
+        task = control_task(clips, "audio", np.random.default_rng(seed))
+        by_source = {c.audio_source: name for c, name in zip(clips, task, strict=True)}
+        assert all(by_source[c.audio_source] == name for c, name in zip(clips, task, strict=True)) and len(by_source) == 11
+        for name in by_source.values():
+            drawn[name] = drawn.get(name, 0) + 1
+    share = {name: count / 300 / 11 for name, count in drawn.items()}
+    assert share == pytest.approx({"k0": 1 / 11, **{f"k{i}": 2 / 11 for i in range(1, 6)}}, abs=0.03)
+    assert control_task(clips, "audio", np.random.default_rng(4)) == control_task(clips, "audio", np.random.default_rng(4))
+    visual = control_task(clips, "visual", np.random.default_rng(0))
+    assert len({(c.video_source, name) for c, name in zip(clips, visual, strict=True)}) == 6
+
+
+def test_a_probe_that_knows_sources_by_heart_has_no_selectivity():
+    """One source a class, each on an axis of its own: any labels of sources can be read off, so it is not the class that was found."""
+    clips, rng = conflicts(240, classes=8, renderings=30), np.random.default_rng(0)
+    axis = {source: row for source, row in zip(sorted({c.audio_source for c in clips}), np.eye(8), strict=True)}
+    rows = probe_rows(
+        features_of(clips, lambda *args: axis[args[2].audio_source] + 0.01 * rng.normal(size=8)), None, None, k=6, items=ItemStore(), seed=0
+    )
+    found = next(r for r in rows if (r.position, r.label) == ("last_prompt", "audio"))
+    assert [e.value for e in found.accuracy] == found.control_task == [1, 1] and max(found.shuffled) < 0.3
+    assert [e.value for e in found.selectivity] == [0, 0]
+    assert f"a random label for each of 8 recordings, mean of {DRAWS} draws (seed 0)" in found.folds
+
+
+def test_a_label_read_in_many_sources_is_selective():
+    """Six recordings a class, none of them known from training: the class is read, and labels of recordings are not."""
+    clips, rng = sourced(conflicts(300, classes=6, renderings=30), recordings=6), np.random.default_rng(0)
+    code = {name: rng.normal(size=12) for name in [*(f"k{i}" for i in range(6)), *{c.audio_source for c in clips}]}
+    rows = probe_rows(
+        features_of(clips, lambda *args: 2 * code[args[2].audio_label] + code[args[2].audio_source] + 0.1 * rng.normal(size=12)),
+        None, None, k=6, items=ItemStore(), seed=0,
+    )  # fmt: skip
+    found = next(r for r in rows if (r.position, r.label) == ("last_prompt", "audio"))
+    assert found.accuracy[0].value > 0.9 and found.control_task[0] < 0.35 and found.selectivity[0].value > 0.6
+    assert "for the 6 of 6 classes that have several recordings, any recording" in found.folds
+    visual = next(r for r in rows if (r.position, r.label) == ("last_prompt", "visual"))
+    assert "for the 0 of 6 classes that have several pictures" in visual.folds
+
+
+def test_recordings_by_heart_are_no_class_where_a_class_has_several():
+    """Recordings are told apart, and nothing ties those of one class together: with a recording in both parts the class could be read by heart."""
+    clips, rng = sourced(conflicts(300, classes=6, renderings=30), recordings=3), np.random.default_rng(0)
+    axis = {source: row for source, row in zip(sorted({c.audio_source for c in clips}), np.eye(18), strict=True)}
+    rows = probe_rows(
+        features_of(clips, lambda *args: axis[args[2].audio_source] + 0.01 * rng.normal(size=18)), None, None, k=6, items=ItemStore(), seed=0
+    )
+    assert next(r for r in rows if (r.position, r.label) == ("last_prompt", "audio")).accuracy[0].value < 0.4
+
+
+@pytest.mark.parametrize(("n", "k", "recordings", "seed"), [(150, 10, 2, 0), (80, 5, 3, 1), (200, 2, 2, 2), (120, 10, 5, 3)])
+def test_no_source_of_a_class_that_has_several_is_in_both_parts(n, k, recordings, seed):
+    clips = sourced(conflicts(n, renderings=10, seed=seed), recordings=recordings)
+    clips = [replace(c, audio_source="r0.0") if c.audio_label == "k0" else c for c in clips]
+    groups = several(clips, "audio")
+    assert {c.audio_label for c, group in zip(clips, groups, strict=True) if not group} == {"k0"} and not any(several(clips, "visual"))
+    folds = make_folds(clips, k, "audio")
+    assert sorted(i for _, test in folds for i in test) == list(range(n)) and len(folds) <= 2 * k + 1
+    for train, test in folds:
+        assert not {groups[i] for i in train if groups[i]} & {groups[i] for i in test if groups[i]}
+        for key in (lambda c: c.video_rendering, lambda c: c.audio_rendering, lambda c: frozenset((c.video_label, c.audio_label))):
+            assert not {key(clips[i]) for i in train} & {key(clips[i]) for i in test}
+    untaught = [i for train, test in folds for i in test if clips[i].audio_label not in {clips[j].audio_label for j in train}]
+    assert not untaught or k == 2
+
+
+def test_the_control_task_is_read_by_the_same_probe_in_the_same_folds():
+    """Against scikit-learn, labelling by labelling."""
+    clips, rng = sourced(conflicts(160, classes=7, renderings=20), recordings=2), np.random.default_rng(3)
+    code = {source: rng.normal(size=5) for source in {c.audio_source for c in clips}}
+    features = features_of(clips, lambda *args: code[args[2].audio_source] + 0.3 * rng.normal(size=5))
+    rows = {(r.position, r.label): r for r in probe_rows(features, None, None, k=5, items=ItemStore(), seed=11)}
+    order = np.random.default_rng(11)
+    for _ in range(2 * SHUFFLES):
+        order.permutation(len(clips))
+    for label in ("audio", "visual"):
+        tasks = [control_task(clips, label, order) for _ in range(DRAWS)]
+        folds = make_folds(clips, 5, label)
+        for layer in range(2):
+            wanted = np.mean([brute.probe_accuracy(features.states()[:, layer, 2], task, folds) for task in tasks])
+            assert rows["question", label].control_task[layer] == pytest.approx(wanted)
+    assert 0.05 < rows["question", "visual"].control_task[0] < 0.9
 
 
 def test_knowing_the_rendering_only_does_not_help():
@@ -156,16 +265,17 @@ def test_features_are_the_states_of_a_whole_forward_pass(subject, clips, model):
     features = ProbeFeatures()
     features.add(Visit(subject, found, "counterfactual", taps=True))
     states = features.states()
-    assert states.shape == (3, model.n_layers + 1, 3, model.hidden_size)
+    assert states.shape == (3, model.n_layers + 1, 4, model.hidden_size)
     for row, clip in enumerate(found):
         batch = model.batch([model.sequence(model.media(clip, clips.root), question("hear"), "")])
-        whole, kinds = reference.forward(model, batch, [()])[1], batch.kinds[0]
+        whole, kinds, ids = reference.forward(model, batch, [()])[1], batch.kinds[0], batch.inputs["input_ids"][0]
+        end = ids == model.tokenizer.convert_tokens_to_ids("<|audio_eos|>")
         for layer, x in enumerate(whole):
-            expected = torch.stack([x[0, kinds == Kind.AUDIO].mean(0), x[0, kinds == Kind.QUESTION].mean(0), x[0, -1]])
+            expected = torch.stack([x[0, ids == model.audio_id].mean(0), x[0, end][0], x[0, kinds == Kind.QUESTION].mean(0), x[0, -1]])
             assert np.allclose(states[row, layer], expected, atol=1e-4)
     silent = ProbeFeatures()
     silent.add(Visit(subject, found, "x", audio=False, taps=True))
-    assert np.isnan(silent.states()[:, :, 0]).all() and np.isfinite(silent.states()[:, :, 1:]).all()
+    assert np.isnan(silent.states()[:, :, :2]).all() and np.isfinite(silent.states()[:, :, 2:]).all()
 
 
 def test_random_weights_come_and_go(subject, clips, model):
@@ -239,18 +349,76 @@ def test_corrected_rate_and_latent_layer_by_hand(subject, clips):
     for row, clip in enumerate(tally.clips):
         true = tally.classes.index(clip.audio_label)
         hits[row, 2, [true, (true + 1) % classes]] = True
+    choose, report = halves(tally.clips)
+    end = np.zeros_like(hits)  # at the delimiter layer 3 sees the sound in every clip of one half and in none of the other, layer 1 in half of them
+    for row, clip in enumerate(tally.clips):
+        end[row, 3, tally.classes.index(clip.audio_label)] = row in set(report)
+        end[row, 1, tally.classes.index(clip.audio_label)] = row in set(choose[::2]) | set(report[::2])
     tally._hits = {(position, label): [hits] for position in ("audio", "question", "emitters") for label in ("audio", "visual")}
+    tally._hits |= {("audio_end", label): [end] for label in ("audio", "visual")}
     tally.said = [row % 2 == 0 for row in range(n)]
     rows = {(r.position, r.label): r for r in tally.rows(ItemStore())}
-    assert len(rows) == 6 and rows["audio", "audio"].k == 5
+    assert len(rows) == 8 and rows["audio", "audio"].k == 5
     assert [e.value for e in rows["audio", "audio"].hit] == [0, 0, 1, 0]
     assert rows["audio", "audio"].control == pytest.approx([0, 0, 0.2, 0]) and [e.value for e in rows["audio", "audio"].corrected] == pytest.approx(
         [0, 0, 0.8, 0]
     )
-    latent = tally.latent(ItemStore())
-    _, report = halves(tally.clips)
+    items = ItemStore()
+    latent = tally.latent(items)
     assert latent.layer == 2 and latent.latent.value == pytest.approx(0.8) and latent.latent.n == len(report)
-    assert latent.said.value == pytest.approx(np.mean([tally.said[i] for i in report]))
+    assert latent.said.value == pytest.approx(np.mean([tally.said[i] for i in report])) and (latent.k, latent.pooling) == (5, "any row")
+    assert latent.swapped.layer == 2 and latent.swapped.rate.value == pytest.approx(0.8) and latent.swapped.rate.n == len(choose)
+    # Chosen where half of the clips are read, reported on the other half of the clips; and chosen where all are, reported where none is.
+    assert latent.end.layer == 1 and latent.end.rate.value == pytest.approx(len(report[::2]) / len(report))
+    assert latent.end_swapped.layer == 3 and latent.end_swapped.rate.value == 0 and latent.end_swapped.rate.n == len(choose)
+    kept = [key for found in items.saved() for key in found.values]
+    assert sorted(kept) == sorted(
+        [f"latent|||{name}|latent" for name in ("", "halves exchanged", "end-of-audio token", "end-of-audio token, halves exchanged")]
+        + ["latent||||said"]
+    )
+
+
+def test_the_sounds_own_rows_and_its_end(subject, clips, model):
+    """The delimiters stand once, around picture and sound of all chunks; the closing one is neither among the sound's rows nor the opening one."""
+    found = clips.select("test", "counterfactual")[:3]
+    visit = Visit(subject, found, "counterfactual")
+    own, end = sound_rows(visit)
+    for row, clip in enumerate(found):
+        media = model.media(clip, clips.root)
+        ids = model.layout(media).ids.tolist()
+        names = {name: model.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("audio_bos", "audio_eos", "AUDIO", "VIDEO")}
+        assert ids.count(names["audio_bos"]) == ids.count(names["audio_eos"]) == 1
+        assert own[row].nonzero()[:, 0].tolist() == [i for i, t in enumerate(ids) if t == names["AUDIO"]]
+        assert int(own[row].sum()) == len(media.audio.features)
+        assert end[row].nonzero()[:, 0].tolist() == [ids.index(names["audio_eos"])] and ids.index(names["audio_eos"]) > max(
+            i for i, t in enumerate(ids) if t in (names["AUDIO"], names["VIDEO"])
+        )
+    alone = sound_rows(Visit(subject, found, "audio_only", video=False))
+    assert alone[1].sum(1).tolist() == [1, 1, 1] and torch.equal(alone[0].sum(1), own.sum(1))
+    assert not any(rows.any() for rows in sound_rows(Visit(subject, found, "video_only", audio=False)))
+
+
+def test_what_only_the_end_of_the_sound_says_is_not_read_in_the_sound(subject, clips, lettered):
+    """Every row of the prompt says a word of no class, the closing delimiter the true sound's: nothing at the sound's rows, all at the delimiter."""
+    found = clips.select("test", "counterfactual")
+    tally = LensTally(subject, k=1, read=lambda states, _: states)  # states are logits
+    visit = Visit(subject, found, "counterfactual", taps=True)
+    table = tally.table["audio"]
+    idle = int((~table.any(1)).nonzero()[0])
+    own = [int((table[:, tally.classes.index(c.audio_label)] & (table.sum(1) == 1)).nonzero()[0]) for c in found]
+    eos = subject.model.tokenizer.convert_tokens_to_ids("<|audio_eos|>")
+    said = torch.nn.functional.one_hot(torch.full(visit.prefix.kinds.shape, idle), len(table)).float()
+    for row, media in enumerate(visit.media):
+        at = subject.model.layout(media).ids.tolist().index(eos)
+        said[row, at] = torch.nn.functional.one_hot(torch.tensor(own[row]), len(table)).float()
+    spoken = visit.spoken("hear")
+    visit.prefix.hidden = (said,) * 4
+    spoken.hidden = (torch.nn.functional.one_hot(torch.full(spoken.kinds.shape, idle), len(table)).float(),) * 4
+    tally.add(visit)
+    latent = tally.latent(ItemStore())
+    assert (latent.latent.value, latent.swapped.rate.value) == (0, 0) and (latent.end.rate.value, latent.end_swapped.rate.value) == (1, 1)
+    rows = {(r.position, r.label): r for r in tally.rows(ItemStore())}
+    assert rows["audio", "audio"].hit[1].value == rows["question", "audio"].hit[1].value == 0 and rows["audio_end", "audio"].hit[1].value == 1
 
 
 def test_lens_reads_the_spoken_answer_at_the_last_layer(subject, clips):

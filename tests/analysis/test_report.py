@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -13,7 +14,9 @@ from rich.console import Console
 
 from analysis.charts import RATES, Series, columns, lines, span, tick_steps
 from analysis.compare import compare
-from analysis.findings import CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Reliance, Sample, Shift, Sources
+from analysis.findings import (
+    CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Readout, Reliance, Sample, Shift, Sources,
+)
 from analysis.items import ItemStore, Key
 from analysis.report import headline, headline_figure, write_report
 from analysis.tables import comparison_tables, findings_tables
@@ -55,10 +58,10 @@ def findings(audio, vision, split="test", adapter=None, answer="I hear a dog."):
         + [cut("video->audio", 0, LAYERS, "all", "counterfactual")],
         flow=[Flow(t, v, "counterfactual", {k: [e(0.25)] * LAYERS for k in ("system", "video", "audio", "question")})
               for t in ("emitters", "question") for v in ("plain", "no_sink")],
-        probes=[Probe("last_prompt", "audio", curve, flat, flat, flat, above, "folds by pair"),
-                Probe("last_prompt", "visual", curve, flat, None, flat, above, "folds by pair")],
+        probes=[Probe("last_prompt", "audio", curve, flat, flat, flat, above, "folds by pair", [0.625] * len(flat)),
+                Probe("last_prompt", "visual", curve, flat, None, flat, above, "folds by pair", [0.375] * len(flat))],
         lens=[Lens("audio", "audio", 5, curve, flat, above)],
-        latent=Latent(3, e(0.41), e(audio)),
+        latent=Latent(3, e(0.41), e(audio), 5, "any row", Readout(2, e(0.33)), Readout(1, e(0.77)), Readout(4, e(0.71))),
         shift=[Shift("first_event", "counterfactual", e(0.66), e(0.2), e(0.14), e(0.9))],
         samples=samples,
         left_out=["No LLM judge was asked."],
@@ -204,6 +207,21 @@ def test_charts_can_be_read_aloud(written):
     charts = [attrs for tag, attrs in Page(written.read_text(encoding="utf-8")).tags if tag == "svg"]
     assert len(charts) > 8
     assert all(c["role"] == "img" and len(c["aria-label"]) > 20 for c in charts)
+
+
+def test_what_is_read_at_the_end_of_the_sound_and_by_memory_stands_beside_it(clips, tmp_path):
+    """In the terminal and on the page: sound's rows and delimiter, both halves, k and pooling; the control task by its name, beside the shuffle."""
+    found = findings(0.1, 0.6)
+    write_report(tmp_path / "r.html", [("now", found)], clips)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*findings_tables(found))
+    for shown in (console.export_text(), re.sub(r"<[^>]+>", " ", (tmp_path / "r.html").read_text(encoding="utf-8"))):
+        shown = " ".join(shown.split())
+        assert "41.0 %" in shown and re.search(r"at the audio tokens \(top 5, any row, layer 3, n = \d+; halves exchanged: 33.0 %, layer 2\)", shown)
+        assert re.search(
+            r"77.0 %[^%]*%?[^%]* at the end-of-audio token \(top 5, any row, layer 1, n = \d+; halves exchanged: 71.0 %, layer 4\)", shown
+        )
+        assert "62.5 %" in shown and "37.5 %" in shown and "control task" in shown and "shuffled" in shown
 
 
 def test_the_page_is_whole_and_the_same_every_time(written, clips, tmp_path):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from analysis.findings import CaptionFidelity, CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Probe, Reliance
+from analysis.findings import CaptionFidelity, CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Probe, Readout, Reliance
 from analysis.report import write_report
 from analysis.trajectory import headline, panel
 
@@ -35,7 +35,7 @@ def findings(split="test", hears=0.3, deep=True):
             CaptionFidelity("labels", "counterfactual", "both", "video->emitters 0:2", e(0.9), e(0.1), e(0.0), e(0.1)),
             CaptionFidelity("llm:x", "counterfactual", "both", None, e(0.25), e(0.75), e(0.0), e(0.1)),
         ]
-        found.latent = Latent(1, e(0.4), e(None))
+        found.latent = Latent(1, e(0.4), e(None), end=Readout(2, e(0.65)))
         found.probes = [Probe("audio", "audio", [e(0.5), e(0.9), e(0.7)], [0.1] * 3, None, None, [d(0.1), d(0.2), d(0.5)], "folds")]
         found.flow = [
             Flow("emitters", "no_sink", "counterfactual", {"audio": [e(0.2), e(0.4)], "video": [e(0.5), e(0.7)]}),
@@ -68,6 +68,7 @@ def test_every_scalar_under_its_name():
         "unparsed/counterfactual/hear": 0.0,
         "unparsed/factual/see": 0.0,
         "latent/logit": 0.4,  # what was not measured is not there
+        "latent/end": 0.65,
         "probes/audio/audio": 0.7,  # where it is most above its controls, not where it is highest
         "attention/counterfactual/audio": pytest.approx(0.3),
         "attention/counterfactual/video": pytest.approx(0.6),

@@ -146,7 +146,7 @@ def test_the_same_again_in_other_visits_and_other_chunks(subject, conflicts, len
 def test_it_survives_being_a_record(lens):
     found = TunedLens.of_record(lens.record())
     assert torch.equal(found.weight, lens.weight) and torch.equal(found.bias, lens.bias)
-    assert (found.fitted_on, found.rows, found.layer) == (lens.fitted_on, lens.rows, lens.layer)
+    assert (found.fitted_on, found.rows, found.layer, found.end_layer) == (lens.fitted_on, lens.rows, lens.layer, lens.end_layer)
 
 
 # ---------------------------------------------------------------- which clips and rows
@@ -168,21 +168,24 @@ def test_nothing_of_the_reporting_half_is_in_the_fit(subject, conflicts, fit, le
 def test_states_are_those_of_evenly_spaced_rows(subject, conflicts, model):
     visit = Visit(subject, conflicts[:3], "counterfactual", taps=True)
     clip, position, states = sampled(visit, 4, [0, 2])
-    assert sorted(set(clip)) == [0, 2] and sorted(set(position)) == [0, 1, 2]
-    rows = (visit.prefix.kinds[2] == Kind.AUDIO).nonzero()[:, 0]
+    assert sorted(set(clip)) == [0, 2] and sorted(set(position)) == [0, 1, 2, 3]
+    ids = model.layout(visit.media[2]).ids
+    rows = (ids == model.audio_id).nonzero()[:, 0]
     n = len(rows)
     wanted = rows[[0, round((n - 1) / 3), round(2 * (n - 1) / 3), n - 1]]
     found = states[(clip == 2) & (position == 0)]
     assert torch.equal(found, torch.stack([x[2, wanted] for x in visit.prefix.hidden], dim=1))
+    end = (ids == model.tokenizer.convert_tokens_to_ids("<|audio_eos|>")).nonzero()[:, 0]
+    assert torch.equal(states[(clip == 2) & (position == 1)], torch.stack([x[2, end] for x in visit.prefix.hidden], dim=1)) and len(end) == 1
     spoken = visit.spoken("hear")
     said = int((spoken.kinds[0] == Kind.EMITTER).sum())
-    assert len(states[(clip == 0) & (position == 2)]) == min(4, said)
+    assert len(states[(clip == 0) & (position == 3)]) == min(4, said)
 
 
 def test_fewer_rows_where_memory_would_not_do(subject, conflicts, monkeypatch):
     whole = TunedLensFit(subject, conflicts)
     assert whole.rows == 8
-    monkeypatch.setattr(tuned_lens, "STATE_CELLS", 3 * len(whole.fitting) * 4 * 64 * 2)  # positions, clips, layers + 1, width, rows
+    monkeypatch.setattr(tuned_lens, "STATE_CELLS", (3 * 2 + 1) * len(whole.fitting) * 4 * 64)  # rows (one is the delimiter), clips, layers + 1, width
     assert TunedLensFit(subject, conflicts).rows == 2
 
 
@@ -203,7 +206,9 @@ def test_closer_to_the_output_on_clips_it_has_not_seen(tally, lens, model):
     assert [(r.position, r.label, r.lens) for r in found.lens] == [(p, label, "tuned") for p in LENS_POSITIONS for label in LABELS]
     audio = next(r for r in found.lens if (r.position, r.label) == ("audio", "audio"))
     assert found.latent.layer == lens.layer and found.latent.latent.value == pytest.approx(audio.corrected[lens.layer].value)
-    assert found.latent.said.value == pytest.approx(np.mean(tally.said))
+    assert found.latent.said.value == pytest.approx(np.mean(tally.said)) and found.latent.swapped is found.latent.end_swapped is None
+    end = next(r for r in found.lens if (r.position, r.label) == ("audio_end", "audio"))
+    assert found.latent.end.layer == lens.end_layer and found.latent.end.rate.value == pytest.approx(end.corrected[lens.end_layer].value)
 
 
 @torch.no_grad()
@@ -211,12 +216,14 @@ def test_divergence_is_the_mean_over_a_clips_rows(tally, lens, subject, fit, mod
     """One clip, the rows written out."""
     visit = Visit(subject, fit.report[:1], "counterfactual", taps=True)
     rows = []
-    for kind, hidden, kinds in (
-        (Kind.AUDIO, visit.prefix.hidden, visit.prefix.kinds),
-        (Kind.QUESTION, visit.spoken("hear").hidden, visit.spoken("hear").kinds),
-        (Kind.EMITTER, visit.spoken("hear").hidden, visit.spoken("hear").kinds),
+    ids, spoken = model.layout(visit.media[0]).ids, visit.spoken("hear")
+    for there, hidden in (
+        (ids == model.audio_id, visit.prefix.hidden),
+        (ids == model.tokenizer.convert_tokens_to_ids("<|audio_eos|>"), visit.prefix.hidden),
+        (spoken.kinds[0] == Kind.QUESTION, spoken.hidden),
+        (spoken.kinds[0] == Kind.EMITTER, spoken.hidden),
     ):
-        there = (kinds[0] == kind).nonzero()[:, 0]
+        there = there.nonzero()[:, 0]
         picked = sorted({round(i) for i in np.linspace(0, len(there) - 1, min(8, len(there)))})
         rows.append([(x[0, there[picked]], hidden[-1][0, there[picked]]) for x in hidden])
     found = np.concatenate(tally._divergence)[0]
@@ -240,7 +247,7 @@ def test_hits_are_those_of_the_logit_lens_in_the_last_layer_and_of_the_map_below
     mapped = x + x @ lens.weight[1].T + lens.bias[1]
     top = model.head(model.text_model.norm(mapped)).topk(5).indices
     for row, clip in enumerate(fit.report[:4]):
-        rows = visit.prefix.kinds[row] == Kind.AUDIO
+        rows = model.layout(visit.media[row]).ids == model.audio_id
         words = tally.table["audio"][:, tally.classes.index(clip.audio_label)]
         assert np.concatenate(tally._hits["audio", "audio"])[row, 1, tally.classes.index(clip.audio_label)] == bool(words[top[row][rows]].any())
 
@@ -256,4 +263,4 @@ def test_the_layer_is_where_held_out_clips_are_read_best(subject, fit, lens, mod
         states[row, 1 if position[row] == 0 else 2] = 10 * model.head.weight[word] / model.text_model.norm.weight
     one = TunedLensFit(subject, fit.clips, k=1)
     one.clips = fit.clips
-    assert one._best_layer(nothing, clip, position, states) == 1
+    assert one._best_layer(nothing, clip, position, states, "audio") == 1 and one._best_layer(nothing, clip, position, states, "audio_end") == 2
