@@ -32,6 +32,10 @@ class CaptionTally(Tally):
         self.captions: list[Caption] = []
         self._judge = LabelsJudge(labels)
 
+    def depends(self, clips: Sequence[Clip], start: int) -> list[str | None]:
+        """The cuts."""
+        return [cut.text if cut else None for cut in self.cuts]
+
     def measure(self, visit: Visit) -> Record:
         """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip]], …]}.
 
