@@ -94,9 +94,7 @@ class Work:
             partial.replace(file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise OSError(
-                f"{file} cannot be written ({error}). Free some space and give the same command again: it goes on where it was."
-            ) from None
+            raise OSError(f"{file} cannot be written ({error}). Free some space and give the same command again: it goes on where it was.") from None
 
     def _load(self, file: Path | None) -> Records | None:
         if file is None or not file.is_file():

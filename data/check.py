@@ -1,7 +1,7 @@
 """Which clips of a folder cannot be used: every file is decoded, both streams, as a model would read them, and none is left unnamed.
 
-    bad = check_media(load_clips("my/clips"))                 # [(clip, reason), …], in the folder's order
-    leave_out(clips, ["c3", "c7"])                            # the folder without these clips and their grids; media files stay
+bad = check_media(load_clips("my/clips"))                 # [(clip, reason), …], in the folder's order
+leave_out(clips, ["c3", "c7"])                            # the folder without these clips and their grids; media files stay
 """
 
 from __future__ import annotations

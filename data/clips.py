@@ -213,7 +213,25 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
     return rows
 
 
-MEDIA_FILES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp", ".wav", ".mp3", ".flac", ".ogg", ".m4a")
+MEDIA_FILES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".flv",
+    ".wmv",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".3gp",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".m4a",
+)
 
 
 def _check_is_folder(root: Path) -> None:

@@ -378,7 +378,7 @@ class AVLLM(ABC):
             for jobs, some in self._emitters(prefix, which, suffixes, cuts, len(steps)):
                 emitters[jobs] = self.text_model.norm(some)
         logits = self.head(emitters)
-        self.require_finite(logits[targets != -100])
+        self.require_finite(logits[targets != -100] if targets.shape[1] else logits)
         return Output(
             logits,
             targets,

@@ -39,8 +39,8 @@ def load_model(
     """Load a model folder (or hub id), and optionally a PEFT adapter on top.
 
     base: folder of the vision-language base for token shift; by default what the model folder's avbalance.json names.
-    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, weights that are not finite, or an adapter that
-    cannot be used (`attach_adapter`).
+    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, weights that are not finite, or an
+    adapter that cannot be used (`attach_adapter`).
     """
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -79,7 +79,7 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
     from peft import PeftConfig, PeftModel
 
     folder = Path(adapter)
-    said, tensors = _read_adapter(folder)
+    tensors = _read_adapter(folder)
     places = _places(model, folder, tensors)
     foreign = {name for name, place in places.items() if name.replace(".base_layer", "") != place.name}
     try:
@@ -99,14 +99,16 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
             print(f"{adapter}: {len(foreign)} of its weights have the names of another trainer; read as {shown}.", file=sys.stderr)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{adapter} does not fit {model.path}, so it was made for another model: {' '.join(li.strip() for li in lines[:2])}") from None
+        raise ModelError(
+            f"{adapter} does not fit {model.path}, so it was made for another model: {' '.join(li.strip() for li in lines[:2])}"
+        ) from None
     _check_names(model, folder, set(tensors))
     model.adapter = str(adapter)
 
 
 def check_adapter_names(model: AVLLM, folder: Path) -> None:
     """Raises ModelError where the names in the file are not those of the adapter that the model has."""
-    _check_names(model, folder, set(_read_adapter(folder)[1]))
+    _check_names(model, folder, set(_read_adapter(folder)))
 
 
 def _check_names(model: AVLLM, folder: Path, names: set[str]) -> None:
@@ -124,15 +126,15 @@ def _plain_name(name: str) -> str:
     return re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name)
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """adapter_config.json and the weights, checked as far as that needs no model. Raises ModelError."""
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights, checked with their configuration as far as that needs no model. Raises ModelError."""
     settings, weights = folder / SETTINGS, folder / WEIGHTS
     if not settings.is_file() or not weights.is_file():
         below = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}")) if folder.is_dir() else []
         if settings.is_file() and (folder / "adapter_model.bin").is_file():
             raise ModelError(
                 f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read, so it is not read here. Convert it where you "
-                "trust it: python -c \"import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+                'trust it: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
                 "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
             )
         raise ModelError(
@@ -159,7 +161,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
             f"{weights} holds numbers that are not finite (NaN or infinite) in {len(bad)} of its {len(tensors)} weights, e.g. {bad[0]}: its "
             "training diverged. Take an earlier checkpoint, or train again with a smaller learning rate."
         )
-    return said, tensors
+    return tensors
 
 
 class _Place(NamedTuple):
@@ -233,7 +235,7 @@ def check_finite(model: AVLLM) -> None:
             continue
         if model.dtype == torch.float16:
             raise ModelError(
-                f"{model.path}: in float16 the weights hold numbers that are not finite (NaN or infinite), e.g. {name}: they are in the checkpoint, or "
+                f"{model.path}: in float16 the weights hold numbers that are not finite (NaN or infinite), e.g. {name}: so does the checkpoint, or "
                 "it is beyond float16's range. Try bfloat16 or float32; if that says the same, get the checkpoint again."
             )
         raise ModelError(

@@ -129,15 +129,15 @@ def run(config: Config) -> Path:
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
     with accelerator.main_process_first():
         open_folder(folder, config, main_process)
-        if main_process:
-            note_code(folder / "code.txt")
         clips = open_clips(config)
     check_settings(config, clips, accelerator.num_processes)
 
     model = load_model(config.model.path, device=accelerator.device, dtype=getattr(torch, config.model.dtype))
-    check_weights(folder / "weights.txt", model, main_process)
     check_fit(config, model)
+    check_weights(folder / "weights.txt", model)
     read_clips(config, model, clips, accelerator)
+    if main_process:  # only now: what was refused has left no run behind that the mended settings would not fit
+        note_begun(folder, config, model)
     sample = clips.select("train", "factual")[:1] or training_clips(clips, config.data.train_on)[:1]
     self_check(model, model.media(sample[0], clips.root), question("hear"))
 
@@ -180,7 +180,8 @@ def run(config: Config) -> Path:
         findings = Findings.load(path)
         if findings.data_hash != clips.hash_of(split):
             raise TrainError(
-                f"{path} was measured on other clips of the {split} split than {clips.root} holds now. Restore them, or start anew with --run.overwrite."
+                f"{path} was measured on other clips of the {split} split than {clips.root} holds now. "
+                "Restore them, or start anew with --run.overwrite."
             )
         return findings
 
@@ -383,10 +384,16 @@ def open_folder(folder: Path, config: Config, main_process: bool) -> None:
             f"{folder} holds a run with other settings: {'; '.join(odd)}. Give the old settings to go on with it, "
             "another --run.folder to keep it, or --run.overwrite to delete it."
         )
-    if main_process and not saved.exists():
-        config.save(saved)
     if main_process:
         clear_leftovers(folder / "checkpoints")
+
+
+def note_begun(folder: Path, config: Config, model: AVLLM) -> None:
+    """Write down the settings, the code and the weights' hash, each where it is not there yet."""
+    if not (folder / "config.yaml").exists():
+        config.save(folder / "config.yaml")
+    note_code(folder / "code.txt")
+    write_text(folder / "weights.txt", weights_hash(model) + "\n")
 
 
 def note_code(path: Path) -> None:
@@ -397,16 +404,13 @@ def note_code(path: Path) -> None:
         write_text(path, "\n".join([*lines, now]) + "\n")
 
 
-def check_weights(path: Path, model: AVLLM, main_process: bool) -> None:
-    """Raise StartError where the run was begun with other weights under the same path; write down their hash where it begins."""
-    now = weights_hash(model)
-    if path.exists() and path.read_text(encoding="utf-8").strip() != now:
+def check_weights(path: Path, model: AVLLM) -> None:
+    """Raise StartError where the run was begun with other weights under the same path."""
+    if path.exists() and path.read_text(encoding="utf-8").strip() != weights_hash(model):
         raise StartError(
             f"{model.path} has other weights than when the run in {path.parent} was begun, so neither its findings nor its checkpoints fit. "
             "Put the old weights back to go on with it, choose another --run.folder to keep it, or give --run.overwrite to delete it."
         )
-    if main_process:
-        write_text(path, now + "\n")
 
 
 def open_clips(config: Config) -> Clips:
@@ -435,8 +439,8 @@ def check_settings(config: Config, clips: Clips, processes: int) -> None:
         for condition in ("factual", "counterfactual"):
             if condition not in there and (split != "test" or not there):
                 raise DataError(
-                    f"{clips.root}: training needs {condition} clips of the {split} split, and there are none, or diagnosis.{split}.{condition} is 0. "
-                    "(data.counterfactual makes counterfactual clips of factual ones.)"
+                    f"{clips.root}: training needs {condition} clips of the {split} split, and there are none, or "
+                    f"diagnosis.{split}.{condition} is 0. (data.counterfactual makes counterfactual clips of factual ones.)"
                 )
 
 

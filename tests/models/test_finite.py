@@ -18,16 +18,22 @@ def changed(base, folder, change):
     return folder
 
 
+def layer_weight(weights, name):
+    """The key of a projection of the language model's layer 1."""
+    [key] = [k for k in weights if k.endswith(f"layers.1.mlp.{name}.weight") and "visual" not in k and "audio" not in k]
+    return key
+
+
 def overflowing(weights):
-    """A layer whose inside is beyond float32, though what it puts out need not be: up_proj times 2 ** 126, down_proj by it."""
-    for name, by in (("up_proj", 2.0**126), ("down_proj", 2.0**-126)):
-        [key] = [k for k in weights if k.endswith(f"layers.1.mlp.{name}.weight") and "visual" not in k and "audio" not in k]
-        weights[key] = weights[key] * 50 * by
+    """A layer whose weights are finite and whose inside is beyond float32: up_proj is blown up, down_proj shrunk as much."""
+    up, down = layer_weight(weights, "up_proj"), layer_weight(weights, "down_proj")
+    largest = weights[up].abs().max()
+    weights[up], weights[down] = weights[up] / largest * 3e38, weights[down] * (largest / 3e38)
 
 
 def test_weights_that_hold_nan_are_refused_when_they_are_loaded(tiny_folder, tmp_path):
     def spoil(weights):
-        weights["model.language_model.layers.1.mlp.up_proj.weight"].view(-1)[7] = float("nan")
+        weights[layer_weight(weights, "up_proj")].view(-1)[7] = float("nan")
 
     with pytest.raises(ModelError, match=r"the weights hold numbers that are not finite .*layers\.1\.mlp\.up_proj\.weight"):
         load_model(changed(tiny_folder, tmp_path / "nan", spoil))
