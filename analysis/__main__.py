@@ -32,6 +32,7 @@ from analysis.judge_cache import CacheError, ReplyCache
 from analysis.judges import MAX_TOKENS, THRESHOLD, EmbeddingJudge, JudgeError, JudgeName, LabelsJudge, LLMJudge
 from analysis.settings import DiagnoseSettings, SettingsError
 from data.clips import DataError
+from data.files import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -276,7 +277,7 @@ class Ceiling:
         loaded = []
         for path in self.findings:
             found = Findings.load(path)
-            if found.data_hash != clips.data_hash or found.split != "test":
+            if found.data_hash != clips.hash_of("test") or found.split != "test":
                 raise UsageError(f"{path} was measured on other clips than the test split of {self.clips}.")
             if Path(found.model).resolve() != Path(self.model).resolve():
                 raise UsageError(f"{path} is of {found.model}, not of {self.model}, whose towers may let other things through.")
@@ -315,7 +316,7 @@ class Ablate:
 
     def run(self, console: Console) -> None:
         """Read the sets, run what is missing, compare, write, show."""
-        from analysis.ablate import is_done, load_set, plan_jobs, run_jobs
+        from analysis.ablate import check_settings, is_done, load_set, plan_jobs, run_jobs
         from analysis.ablation import Ablation, compare_arms, read_run
         from analysis.ablation_report import ablation_tables, markdown, write_page
         from analysis.publish import publish
@@ -332,6 +333,8 @@ class Ablate:
         sets = [load_set(path, [text for given in self.overrides for text in given], self.seeds, self.arms) for path in self.sets]
         if missing := sorted(set(self.arms or ()) - {arm.name for one in sets for arm in one.arms}):
             raise UsageError(f"--arms {missing[0]}: none of the sets has such an arm.")
+        for one in sets:
+            check_settings(one)
         _writable(self.out / "ablation.json")
         jobs = plan_jobs(sets, self.out)
         run_jobs(list(jobs.values()), self.out, self.jobs, self.accelerate_config)
@@ -418,6 +421,7 @@ def _writable(path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for input that cannot be used, 1 for runs of an ablation that failed, 130 where it was interrupted."""
+    quiet_libraries()
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m analysis", description=__doc__)  # type: ignore[arg-type]
         command.run(Console())

@@ -167,6 +167,18 @@ def load_set(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] | N
     return ArmSet(path, str(raw.get("title") or path.stem), str(raw.get("notes") or ""), str(raw["reference"]), tuple(given), chosen)
 
 
+def check_settings(one: ArmSet) -> None:
+    """Read the settings of every arm with every seed as training will, before the first run. Raises AblateError naming set, arm and key."""
+    from train.config import ConfigError, config_of  # the one place that knows them; nothing else of training is needed here
+
+    for arm in one.arms:
+        for seed in one.seeds:
+            try:
+                config_of(nested(arm.settings | {"run.seed": seed}))
+            except ConfigError as error:
+                raise AblateError(f"{one.path}: arm {arm.name}: {error}") from None
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted keys; keys that are dotted already stay."""
     out: dict[str, Any] = {}

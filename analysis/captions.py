@@ -40,6 +40,10 @@ class CaptionTally(Tally):
         self.captions: list[Caption] = []
         self._judge = LabelsJudge(labels, synonyms)
 
+    def depends(self, clips: Sequence[Clip], start: int) -> list[str | None]:
+        """The cuts."""
+        return [cut.text if cut else None for cut in self.cuts]
+
     def measure(self, visit: Visit) -> Record:
         """{"video", "audio": which streams were given; "answers": [[modality, cut, [one answer a clip]], …]; "cut_off": for each of
         these, whether they ended at the limit}.
@@ -66,10 +70,10 @@ class CaptionTally(Tally):
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
         ordered, cut_off = [], []
-        for cut in cuts:
+        for given_cut in cuts:
             for modality in self.modalities:
-                said, limit = answers[modality, cut], asked_about(subject, modality)
-                ordered.append([modality, cut.text if cut else None, [subject.text(i) for i in said]])
+                said, limit = answers[modality, given_cut], asked_about(subject, modality)
+                ordered.append([modality, given_cut.text if given_cut else None, [subject.text(i) for i in said]])
                 cut_off.append([limit.cut_off(i) for i in said])
         return {"video": visit.video, "audio": visit.audio, "answers": ordered, "cut_off": cut_off}
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -44,6 +45,7 @@ from analysis.tally import Record, Tally
 from analysis.tuned_lens import TunedLens, TunedLensFit, TunedTally
 from analysis.visits import Subject, Visit
 from analysis.work import Records, Work, code_hash, weights_hash
+from data.check import refusal
 from data.clips import Clip, Clips, DataError, Grid, Stream
 from data.questions import QUESTIONS, question
 from models import AVLLM, SITES, load_model
@@ -51,6 +53,7 @@ from models import AVLLM, SITES, load_model
 PACKAGES = ("torch", "transformers", "peft", "numpy", "av", "torchvision")
 PROCESSOR_FIELDS = ("size", "patch_size", "temporal_patch_size", "merge_size", "min_frames", "sampling_rate", "hop_length", "feature_size")
 
+NOT_WORDS = ("pairs", "config", "sources", "code", "files", "data_hash")  # of a manifest: all but the classes and what they are called
 BARE = {"muted": "muted", "near_silent": "muted", "blanked": "blanked", "near_black": "blanked"}  # condition of findings -> of the clips
 NEAR = ("near_silence", "near_black")  # renderings of a stream that is noise too faint to hear, or to see
 
@@ -115,6 +118,24 @@ def first(items: Sequence[T], count: int | None) -> list[T]:
     return list(items if count is None else items[:count])
 
 
+def check_sites(settings: DiagnoseSettings) -> None:
+    """Raise SettingsError for a site that there is not."""
+    for name in ("knockout_sites", "knockout_curves"):
+        if unknown := sorted(set(getattr(settings, name) or ()) - set(SITES)):
+            raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
+
+
+def used(clips: Clips, split: str, settings: DiagnoseSettings) -> list[Clip]:
+    """Every clip that a diagnosis of this split needs, once."""
+    chosen, by_id = choose(clips, split, settings), clips.by_id()
+    found = [*chosen.factual, *chosen.counterfactual, *(clip for bare in chosen.bare.values() for clip in bare)]
+    found += [by_id[name] for grid in chosen.grids for name in (grid.oo, grid.ox, grid.xo, grid.xx)]
+    if split == "test":
+        unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen))
+        found += [*unseen.factual, *unseen.counterfactual]
+    return list({clip.id: clip for clip in found}.values())
+
+
 def diagnose(
     model: AVLLM,
     clips: Clips,
@@ -130,19 +151,18 @@ def diagnose(
     from there. processes: share the visits with the other processes of a `torchrun` or `accelerate launch`, each of which calls this alike;
     every one returns the same findings.
 
-    Raises DataError for clips that cannot be used (also: sound that left no tokens), ModelError for a base that cannot be loaded, CutError where the
+    All clips that will be needed are read before anything is measured. Raises DataError that names those that cannot be used (also: sound that left
+    no tokens), ModelError for logits that are not finite, ModelError for a base that cannot be loaded, CutError where the
     self-check finds that a cut would not do what it says, SettingsError for a site that there is not.
     """
     settings = settings or DiagnoseSettings()
-    for name in ("knockout_sites", "knockout_curves"):
-        if unknown := sorted(set(getattr(settings, name) or ()) - set(SITES)):
-            raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
+    check_sites(settings)
     require_readable(clips)
     chosen = choose(clips, split, settings)
     if not chosen.factual and not chosen.counterfactual:
         raise DataError(f"{clips.root} has no factual or counterfactual clips of the split {split!r} that were asked for.")
     asked = stated(model, clips, settings, split, chosen)
-    findings = Findings(model.path, model.adapter, model.base_path, split, clips.data_hash, model.n_layers, asked)
+    findings = Findings(model.path, model.adapter, model.base_path, split, clips.hash_of(split), model.n_layers, asked)
     findings.sources = [_sources(clips, name) for name in (split, "unseen") if name == split or (split == "test" and clips.select(name))]
     base = None
     if settings.shift != 0 and model.base_path is not None:
@@ -150,8 +170,10 @@ def diagnose(
     key = {}
     if work is not None:
         weights = [weights_hash(m) if m is not None else None for m in (model, base)]
-        scored = {name: value for name, value in asked.items() if name not in NEUTRAL - {"batch_size"}}  # a visit is a batch
-        key = {"stated": scored, "split": split, "clips": clips.data_hash, "weights": weights, "code": code_hash()}
+        # A visit is a batch. Which clips there are is said of each visit, so that its record outlives another clip that is taken out.
+        scored = {name: value for name, value in asked.items() if name == "batch_size" or name not in NEUTRAL | {"subset"}}
+        words = {name: value for name, value in clips.manifest.items() if name not in NOT_WORDS}
+        key = {"stated": scored, "words": words, "weights": weights, "code": code_hash()}
     training = model.thinker.training
     model.thinker.eval()
     try:
@@ -171,6 +193,18 @@ def _sources(clips: Clips, split: str) -> Sources:
 def _bar(progress: bool) -> Progress:
     columns = TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True)
+
+
+def batches(ids: Sequence[str], most: int) -> Iterable[tuple[int, int]]:
+    """Cuts items into batches of at least half of `most` and at most `most`, [start, stop). Each ends where the hash of an id is smallest among the
+    places it may end at, so that after an item is taken out the batches soon end where they did before."""
+    hashes, start = [_hash(0, name) for name in ids], 0
+    while len(ids) - start > most:
+        stop = min(range(start + (most + 1) // 2, start + most + 1), key=lambda end: hashes[end - 1])
+        yield start, stop
+        start = stop
+    if start < len(ids):
+        yield start, len(ids)
 
 
 @dataclass(frozen=True)
@@ -252,7 +286,9 @@ class _Diagnosis:
             "random": random, "shift": shift, "captions": captions, "knockout": sweep,
         }  # fmt: skip
         self.tallies = {name: tally for name, tally in asked.items() if tally is not None}
-        self._make("visits", self._visits(scores))
+        visits = self._visits(scores)
+        self._read("visits", visits)
+        self._make("visits", visits)
         under_cuts = self._under_cuts(sweep) if sweep and captions and settings.caption_cuts else None
         tuned = self._tuned(fit) if fit else None
         if sweep:
@@ -306,6 +342,27 @@ class _Diagnosis:
 
     # ---------------------------------------------------------------- jobs
 
+    def _told(self, jobs: Sequence[Job]) -> list[Any]:
+        """What the record of each job depends on."""
+        return [
+            {
+                "condition": job.condition, "streams": [job.video, job.audio], "taps": job.taps, "random": job.random,
+                "tallies": {name: self.tallies[name].depends(job.clips, job.start) for name in job.tallies},
+                "clips": [{k: v for k, v in asdict(clip).items() if k != "file"} for clip in job.clips],
+            }
+            for job in jobs
+        ]  # fmt: skip
+
+    def _read(self, stage: str, jobs: list[Job]) -> None:
+        """Read all media that this process will need, and name all that cannot be used, whoever reads them."""
+        left = self.work.missing(stage, self._told(jobs))
+        wanted = [(clip, jobs[i].video, jobs[i].audio) for i in left for clip in jobs[i].clips]
+        self.bar.reset(self.task, total=len(wanted), description="reading media")
+        found = self.model.unusable(wanted, self.subject.clips.root, lambda: self.bar.advance(self.task))
+        bad = {clip.id: (clip, reason) for clip, reason in (gather_object(found) if self.work.world > 1 else found)}
+        if bad:
+            raise refusal(self.subject.clips.root, list(bad.values()), len({clip.id for job in jobs for clip in job.clips}))
+
     def _make(self, stage: str, jobs: list[Job]) -> None:
         """Make this process's share of the visits, and take up the records of all."""
 
@@ -317,7 +374,7 @@ class _Diagnosis:
                 return {name: self.tallies[name].measure(visit) for name in job.tallies}
 
         self.bar.reset(self.task, total=sum(jobs[i].steps * len(jobs[i].clips) for i in self.work.mine(len(jobs))))
-        records = self.work.records(stage, len(jobs), measure, lambda i: self.bar.advance(self.task, jobs[i].steps * len(jobs[i].clips)))
+        records = self.work.records(stage, self._told(jobs), measure, lambda i: self.bar.advance(self.task, jobs[i].steps * len(jobs[i].clips)))
         for job, record in zip(jobs, records, strict=True):
             for name in job.tallies:
                 self.tallies[name].take(job.clips, job.condition, record[name])
@@ -328,10 +385,10 @@ class _Diagnosis:
         """
         counts = {name: len(first(clips, count)) for name, count in named.items() if name in self.tallies}
         for begin, end in itertools.pairwise(sorted({0, len(clips), *counts.values()})):
-            for start in range(begin, end, self.settings.batch):
-                mine = tuple(name for name, count in counts.items() if start < count)
+            for start, stop in batches([clip.id for clip in clips[begin:end]], self.settings.batch):
+                mine = tuple(name for name, count in counts.items() if begin < count)
                 steps = 4 if "knockout" in mine else 1
-                yield Job(condition, start, list(clips[start : min(end, start + self.settings.batch)]), mine, steps=steps, **how)
+                yield Job(condition, begin + start, list(clips[begin + start : begin + stop]), mine, steps=steps, **how)
 
     def _visits(self, scores: ScoreTable) -> list[Job]:
         """The clips asked about; with one stream only; with nothing in a stream; of unseen sources; those of grids that are not among them; and
@@ -387,7 +444,8 @@ class _Diagnosis:
             lens = fit.fit()
             return {"lens": lens.record()} if lens else {}
 
-        [found] = self.work.records("tuned_fit", 1, fitted)
+        conflicts = [{k: v for k, v in asdict(clip).items() if k != "file"} for clip in self.chosen.counterfactual]
+        [found] = self.work.records("tuned_fit", [conflicts], fitted)
         if not found:
             self.findings.left_out.append("Tuned lens: too few conflicts for one half to fit it on and another to read.")
             return None
@@ -417,7 +475,7 @@ class _Diagnosis:
 
         self.bar.reset(self.task, total=sum(size(jobs[i]) for i in self.work.mine(len(jobs))), description="plain text")
         records = self.work.records(
-            "plain_text", len(jobs), lambda i: {"plain text": measured(self.model, jobs[i])}, lambda i: self.bar.advance(self.task, size(jobs[i]))
+            "plain_text", jobs, lambda i: {"plain text": measured(self.model, jobs[i])}, lambda i: self.bar.advance(self.task, size(jobs[i]))
         )
         return [record["plain text"] for record in records]
 
@@ -465,8 +523,9 @@ def wordings_hash(clips: Clips) -> str:
 def cut_off_sentences(findings: Findings, limits: Mapping[str, int]) -> list[str]:
     """A warning for each question of whose answers more than MANY_CUT_OFF ended at the token limit. `limits`: question -> tokens."""
     ended: dict[str, list[bool]] = {}
-    for said in [*findings.samples, *(c for c in findings.captions if c.modality == "both")]:
-        ended.setdefault(said.modality, []).append(said.cut_off)
+    both = [c for c in findings.captions if c.modality == "both"]
+    for modality, cut_off in [*((s.modality, s.cut_off) for s in findings.samples), *((c.modality, c.cut_off) for c in both)]:
+        ended.setdefault(modality, []).append(cut_off)
     return [
         f"{100 * sum(cut) / len(cut):.0f} % of the answers to “{question(modality)}” ended at the limit of {limits[modality]} tokens "  # type: ignore[arg-type]
         "before the model was done, so what it would have named after that counts as not named: raise max_new_tokens "

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,10 @@ class KnockoutSweep(Tally):
         self.answers: dict[tuple[str, Modality, Cut], list[tuple[Clip, Verdict]]] = {}  # what CutAnswers found
         self.cut_off: dict[tuple[str, Modality, Cut], list[bool]] = {}  # whether each of these answers ended at the limit
 
+    def depends(self, clips: Sequence[Clip], start: int) -> int:
+        """On how many of the clips cuts into media rows are measured."""
+        return max(0, min(len(clips), self.media_clips - start))
+
     def measure(self, visit: Visit) -> Record:
         """Score every cut on the visit's clips."""
         record: Record = {}
@@ -101,7 +105,7 @@ class KnockoutSweep(Tally):
             cuts = [Cut.at(site, w.start, w.stop) for site in sites for w in self.windows]
             media = [cut for cut in cuts if cut.cuts_media]
             record |= self._score(visit, modality, [None, *(c for c in cuts if not c.cuts_media)])
-            n = min(len(visit.clips), self.media_clips - visit.start)
+            n = self.depends(visit.clips, visit.start)
             for cut in media if n > 0 else ():
                 record |= self._score(visit, modality, [cut], visit.under(cut, range(n)), n)
         return record
@@ -220,6 +224,11 @@ class CutAnswers(Tally):
 
     def __init__(self, sweep: KnockoutSweep, cuts: Sequence[Cut], best: Sequence[Cut] = (), only: set[str] | None = None):
         self.sweep, self.subject, self.cuts, self.best, self.only = sweep, sweep.subject, list(cuts), list(best), only
+
+    def depends(self, clips: Sequence[Clip], start: int) -> Any:
+        """The cuts, and which conflicts had no part in choosing them."""
+        only = sorted({clip.id for clip in clips} & self.only) if self.only is not None else None
+        return [cut.text for cut in self.cuts], [cut.text for cut in self.best], only
 
     def measure(self, visit: Visit) -> Record:
         """What the answers follow: "cut" -> [rows of the visit, verdicts, whether each ended at the limit]."""

@@ -119,6 +119,10 @@ class ScoreTable(Tally):
         """Ask for the score of class `name`'s phrase as the answer to this modality's question about a clip (its id)."""
         self.wanted.setdefault(clip, {})[modality, name] = None
 
+    def depends(self, clips: Sequence[Clip], start: int) -> list[tuple[int, Modality, str]]:
+        """What is wanted."""
+        return self._jobs(clips)
+
     def _jobs(self, clips: Sequence[Clip]) -> list[tuple[int, Modality, str]]:
         return [(row, *key) for row, clip in enumerate(clips) for key in self.wanted.get(clip.id, {})]
 

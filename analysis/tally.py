@@ -27,6 +27,11 @@ class Tally(ABC):
     def measure(self, visit: Visit) -> Record:
         """What the model does on this visit's clips; changes nothing here."""
 
+    def depends(self, clips: Sequence[Clip], start: int) -> Any:
+        """What else than the clips, the model and the settings `measure` depends on, for a visit of these clips of which `start` come before it: as
+        JSON can hold it. A record is measured anew where this is another."""
+        return None
+
     @abstractmethod
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:
         """Take up what was measured on a visit."""

@@ -17,8 +17,10 @@ as those clips gain. Where neither gains anything the map is the identity. Deter
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,6 +132,10 @@ class TunedLensFit(Tally):
         self.rows = max(1, min(rows, (STATE_CELLS // cells - 1) // (len(LENS_POSITIONS) - 1)))  # one row is the delimiter
         self.clips: list[Clip] = []
         self._parts: list[tuple[NDArray, NDArray, NDArray]] = []
+
+    def depends(self, clips: Sequence[Clip], start: int) -> Any:
+        """How many rows are kept, and of which clips."""
+        return self.rows, [clip.id in self.fitting for clip in clips]
 
     def measure(self, visit: Visit) -> Record:
         """States of the visit's fitting clips: `clip`, an index into the visit, and `position` (R,), `states` (R, L + 1, H)."""
@@ -251,6 +257,13 @@ class TunedTally(LensTally):
         super().__init__(subject, k, lambda states, layer: lens.logits(model, states, layer), "tuned")
         self.lens, self.sample = lens, rows
         self._divergence: list[NDArray] = []
+
+    def depends(self, clips: Sequence[Clip], start: int) -> str:
+        """The fitted maps."""
+        digest = hashlib.sha256()
+        for part in (self.lens.weight, self.lens.bias):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def measure(self, visit: Visit) -> Record:
         """Hits as in LensTally; `divergence` (n, 2, L + 1): mean KL of the logit lens and of the tuned one over a clip's evenly spaced rows.

@@ -1,18 +1,19 @@
 """Who makes which visit, and where its records are kept: so that several processes share a diagnosis and a killed one goes on where it was.
 
     work = Work(Path("before.json.work"), key, PartialState())       # PartialState: torchrun or accelerate launch; None: this process alone
-    records = work.records("visits", len(jobs), lambda i: measure(jobs[i]))    # all records, in order, on every process
+    records = work.records("visits", told, lambda i: measure(jobs[i]))    # all records, in order, on every process
 
 Job i is made by process i modulo their number. Jobs are formed before anyone knows how many processes there are, so findings do not depend on
-it. A record is written to a temporary name and renamed, one safetensors file a job, arrays as tensors and all else as JSON; each carries the
-key of the diagnosis (weights, settings, clips, code, threads) and is measured anew where the key is another.
+it. A record is written to a temporary name and renamed, one safetensors file a job, arrays as tensors and all else as JSON. Its name is a hash of
+the key of the diagnosis (weights, settings, code, threads) and of what the job is told to depend on, its clips above all: where another clip is
+taken out of the folder, the record is still there; where anything of its own is another, it is measured anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +46,39 @@ class Work:
         """Which of n jobs this process makes."""
         return range(self.rank, n, self.world)
 
-    def records(self, stage: str, n: int, measure: Callable[[int], Records], done: Callable[[int], None] = lambda i: None) -> list[Records]:
-        """The records of all jobs, in order, on every process; those on disk are not measured again. `done(i)` after each job of this process."""
+    def missing(self, stage: str, jobs: Sequence[Any]) -> list[int]:
+        """Which jobs of this process are not on disk."""
+        return [i for i in self.mine(len(jobs)) if self._load(self._file(stage, jobs[i])) is None]
+
+    def records(
+        self, stage: str, jobs: Sequence[Any], measure: Callable[[int], Records], done: Callable[[int], None] = lambda i: None
+    ) -> list[Records]:
+        """The records of all jobs, in order, on every process; those on disk are not measured again. `done(i)` after each job of this process.
+
+        jobs: for each what, besides the key, its record depends on, as JSON can hold it.
+        """
         made: dict[int, Records] = {}
-        for i in self.mine(n):
-            found = self._load(stage, i)
+        for i in self.mine(len(jobs)):
+            file = self._file(stage, jobs[i])
+            found = self._load(file)
             if found is None:
                 # In the layout that comes back from the disk and from other processes: numpy sums in the order of memory, which moves last digits.
                 found = {name: {f: _plain(v) for f, v in record.items()} for name, record in measure(i).items()}
-                self._save(stage, i, found)
+                self._save(file, found)
             made[i] = found
             done(i)
         if self.world > 1:
             made = dict(gather_object(list(made.items())))
-        return [made[i] for i in range(n)]
+        return [made[i] for i in range(len(jobs))]
 
-    def _file(self, stage: str, i: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{stage}_{i:05}.safetensors"
-
-    def _save(self, stage: str, i: int, records: Records) -> None:
+    def _file(self, stage: str, job: Any) -> Path | None:
         if self.folder is None:
+            return None
+        name = hashlib.sha256(json.dumps([self.key, job], sort_keys=True, default=str).encode()).hexdigest()
+        return self.folder / f"{stage}_{name[:24]}.safetensors"
+
+    def _save(self, file: Path | None, records: Records) -> None:
+        if file is None:
             return
         arrays, values = {}, dict[str, dict[str, Any]]()
         for name, record in records.items():
@@ -75,28 +88,26 @@ class Work:
                     arrays[f"{name}\n{field}"] = value
                 else:
                     values[name][field] = value
-        partial = self._file(stage, i).with_suffix(".partial")
+        partial = file.with_suffix(".partial")
         try:
             save_file(arrays, partial, {"key": self.key, "values": json.dumps(values)})
-            partial.replace(self._file(stage, i))
+            partial.replace(file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise OSError(
-                f"{self._file(stage, i)} cannot be written ({error}). Free some space and give the same command again: it goes on where it was."
-            ) from None
+            raise OSError(f"{file} cannot be written ({error}). Free some space and give the same command again: it goes on where it was.") from None
 
-    def _load(self, stage: str, i: int) -> Records | None:
-        if self.folder is None or not self._file(stage, i).is_file():
+    def _load(self, file: Path | None) -> Records | None:
+        if file is None or not file.is_file():
             return None
         try:
-            with safe_open(self._file(stage, i), "np") as file:
-                notes = file.metadata() or {}
+            with safe_open(file, "np") as opened:
+                notes = opened.metadata() or {}
                 if notes.get("key") != self.key:
                     return None
                 records: Records = json.loads(notes["values"])
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
                     tally, _, field = name.partition("\n")
-                    records[tally][field] = file.get_tensor(name)
+                    records[tally][field] = opened.get_tensor(name)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None  # damaged: measured again
         return records

@@ -115,6 +115,13 @@ class Clips:
         """sha256 over the tables, and so over every stream hash in them: the same for the same data."""
         return _tables_hash(_jsonl(self.clips), _jsonl(self.grids))
 
+    def hash_of(self, split: str) -> str:
+        """sha256 over the rows of one split, clips and grids; of the test split also those of unseen sources, which are asked about with it. What is
+        measured on a split depends on these only."""
+        parts = (split, "unseen") if split == "test" else (split,)
+        clips, grids = ([row for row in rows if row.split in parts] for rows in (self.clips, self.grids))
+        return _tables_hash(_jsonl(clips), _jsonl(grids))
+
     def select(self, split: str | None = None, condition: str | None = None) -> list[Clip]:
         """The clips of one split and / or condition, in file order."""
         return [c for c in self.clips if (split is None or c.split == split) and (condition is None or c.condition == condition)]
@@ -225,6 +232,46 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
         ids.add(row.id)
         rows.append(row)
     return rows
+
+
+MEDIA_FILES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".flv",
+    ".wmv",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".3gp",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".m4a",
+)
+
+
+def _check_is_folder(root: Path) -> None:
+    """Say what it is where somebody names a table, a video or a folder of videos instead of a clip folder."""
+    wanted = (
+        "What is wanted is a clip folder: media/, clips.jsonl (one clip a line, with what is seen and heard in it) and manifest.json; the top of "
+        'data/clips.py and "Your own clips" in README.md show how to make one.'
+    )
+    if root.is_file():
+        kind = "a media file" if root.suffix.lower() in MEDIA_FILES else "a table" if root.suffix.lower() in (".csv", ".tsv", ".jsonl") else "a file"
+        raise DataError(f"{root} is {kind}, no clip folder. {wanted}")
+    if root.is_dir() and not any((root / name).is_file() for name in ("manifest.json", "clips.jsonl")):
+        files = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.suffix.lower() in MEDIA_FILES]
+        tables = sorted(path.name for path in root.glob("*") if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"))
+        if files:
+            beside = f" beside the table {tables[0]}" if tables else ""
+            raise DataError(f"{root} is a folder of {len(files)} media files{beside}, no clip folder. {wanted}")
+        if any(root.iterdir()):
+            raise DataError(f"{root} is no clip folder: it has neither manifest.json nor clips.jsonl. {wanted}")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -340,6 +387,7 @@ def _check_leaks(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> Non
 def load_clips(folder: Path | str) -> Clips:
     """A clip folder, fully checked (not decoded). Raises DataError with one sentence that names the file, and the line, and what to do."""
     root = Path(folder)
+    _check_is_folder(root)
     manifest = _read_manifest(root / "manifest.json")
     clips = _read_rows(root / "clips.jsonl", Clip)
     grids = _read_rows(root / "grids.jsonl", Grid) if (root / "grids.jsonl").exists() else []

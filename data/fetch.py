@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from data.clips import DataError
 from data.containers import ContainerError, read_member, read_package
-from data.files import fsync_folder, write_json, write_text
+from data.files import fsync_folder, quiet_libraries, write_json, write_text
 from data.media import RATE, read_audio
 from data.sources import HELD_OUT_STYLE, SourceClass, attribution, held_out_package, load_sources
 
@@ -319,11 +319,13 @@ class Arguments:
 
 def main() -> None:
     """Read the command line, fetch, say what is there."""
+    quiet_libraries()
     arguments = tyro.cli(Arguments, prog="python -m data.fetch")
     try:
         classes = fetch(arguments.out, arguments.packages)
     except DataError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     train = sum(len(c.train_pictures) for c in classes), sum(len(c.train_sounds) for c in classes)
     held = sum(len(c.held_pictures) for c in classes), sum(len(c.held_sounds) for c in classes)
     print(f"{arguments.out}: {len(classes)} classes; pictures and recordings: {train[0]} and {train[1]}, held out: {held[0]} and {held[1]}")

@@ -1,11 +1,21 @@
-"""Writing so that nobody ever finds half a file: a temporary name, fsync, rename."""
+"""Writing so that nobody ever finds half a file: a temporary name, fsync, rename; and what every command line does first."""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
+
+OURS = r"(data|models|analysis|train|benchmarks|__main__)(\.|$)"
+
+
+def quiet_libraries() -> None:
+    """On a command line, warnings of libraries about their own future are noise between our lines; ours are shown."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("default", category=category, module=OURS)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -13,9 +13,13 @@ A family file supplies the five hooks at the end of the class. Everything is pad
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,8 @@ from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data.clips import Clip
+from data.check import refusal
+from data.clips import Clip, DataError
 from data.media import OTHER_HASH, MediaError, read_audio, read_video, stream_hashes
 from data.questions import question
 from models.attention import Cut, CutError, Cuts, FlowTap, Instruments, Kind
@@ -36,7 +41,6 @@ from models.sequences import Batch, Decoder, Example, Layout, Media, Output, Pre
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AUDIO_RATE = 16_000
-AT_ONCE = 1 << 25  # values of frames that pass through the video tower together, unless one clip has more: about a gigabyte on the way
 JOB_BLOCKS = 16  # blocks of rows that are worked on together under prefix reuse: more share more, fewer need less memory
 
 
@@ -66,7 +70,7 @@ class AVLLM(ABC):
         self.dtype = next(self.text_model.parameters()).dtype
         self.passed: tuple[Any, ...] | None = None  # `instrument()` at the last self-check that passed
         self._streams: dict[tuple[str, str], StreamFeatures] = {}
-        self._as_muted: set[str] = set()  # sounds that nobody has asked to be audible yet
+        self._quiet: set[str] = set()  # audio streams that only muted clips have: nobody asked whether they hold a sound
         self._layouts: dict[tuple, Layout] = {}
 
     # ---------------------------------------------------------------- media
@@ -77,69 +81,94 @@ class AVLLM(ABC):
         Raises data.media.MediaError for media that cannot be used, or that are not those of the clip's hashes, and ModelError where audio or
         video left no tokens.
         """
-        self._encode([(clip, root, video, audio)])
+        kinds = {kind for kind, _ in self._missing(clip, video, audio)}
+        if kinds:
+            self._run_towers(clip, *self._read(clip, root, "video" in kinds, "audio" in kinds))
         return Media(
             self._streams[("video", clip.video_sha256)] if video else None,
             self._streams[("audio", clip.audio_sha256)] if audio else None,
         )
 
-    def precompute(self, clips: Sequence[Clip], root: Path, progress: bool = True, batch: int = 32) -> None:
-        """Run the towers for every stream of `clips` that has not been seen yet."""
-        seen: set[tuple[str, str]] = set(self._streams)
-        as_muted = set(self._as_muted)
-        new = []
-        for clip in clips:
-            video, audio = ("video", clip.video_sha256) not in seen, self._to_hear(clip, seen, as_muted)
-            if video or audio:
-                new.append((clip, root, video, audio))
-                seen |= {("video", clip.video_sha256), ("audio", clip.audio_sha256)}
-                (as_muted.add if clip.condition == "muted" else as_muted.discard)(clip.audio_sha256)
-        for start in tqdm(range(0, len(new), batch), desc="towers", unit="batch", disable=not progress or not new, leave=False):
-            self._encode(new[start : start + batch])
+    def precompute(self, clips: Sequence[Clip], root: Path, progress: bool = True) -> None:
+        """Run the towers for every stream of `clips` that has not been seen yet; threads read files ahead.
 
-    @staticmethod
-    def _to_hear(clip: Clip, known: Collection[tuple[str, str]], as_muted: Collection[str]) -> bool:
-        """Whether the clip's sound has to be read: a muted clip's may be silent, and whose is taken for sound may not, whichever came first."""
-        return ("audio", clip.audio_sha256) not in known or (clip.audio_sha256 in as_muted and clip.condition != "muted")
+        Raises DataError that names every clip that cannot be used.
+        """
+        bar = tqdm(total=len(clips), desc="reading media", unit="clip", disable=not progress, leave=False)
+        bad = self.unusable([(clip, True, True) for clip in clips], root, bar.update)
+        bar.close()
+        if bad:
+            raise refusal(root, bad, len(clips))
+
+    def unusable(self, wanted: Sequence[tuple[Clip, bool, bool]], root: Path, done: Callable[[], object] = lambda: None) -> list[tuple[Clip, str]]:
+        """`precompute` for (clip, whether its video is wanted, whether its audio is): the clips that cannot be used, each with the reason. `done()`
+        after each clip."""
+        bad: dict[str, tuple[Clip, str]] = {}
+        left, count = list(wanted), min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(count) as pool:
+            while left:
+                jobs, asked, ahead = iter(left), set[tuple[str, str]](), deque[tuple[Clip, Future]]()
+                while True:
+                    while len(ahead) <= count and (job := next(jobs, None)) is not None:
+                        clip, video, audio = job
+                        new = [key for key in self._missing(clip, video, audio) if key not in asked]
+                        asked.update(new)
+                        kinds = {kind for kind, _ in new}
+                        ahead.append((clip, pool.submit(self._read, clip, root, "video" in kinds, "audio" in kinds)))
+                    if not ahead:
+                        break
+                    clip, future = ahead.popleft()
+                    try:
+                        self._run_towers(clip, *future.result())
+                    except torch.OutOfMemoryError:
+                        raise
+                    except (DataError, ModelError, OSError, ValueError, RuntimeError, IndexError) as error:
+                        bad[clip.id] = clip, str(error)
+                    done()
+                # Where a stream could not be read from one clip, the other clips that have it are read too.
+                left = [job for job in left if job[0].id not in bad and self._missing(*job)]
+        return [bad[clip.id] for clip in {clip.id: clip for clip, *_ in wanted}.values() if clip.id in bad]
+
+    def _missing(self, clip: Clip, video: bool, audio: bool) -> list[tuple[str, str]]:
+        """Which of the clip's streams have not passed through their tower."""
+        out = [("video", clip.video_sha256)] if video and ("video", clip.video_sha256) not in self._streams else []
+        unheard = ("audio", clip.audio_sha256) not in self._streams or (clip.audio_sha256 in self._quiet and clip.condition != "muted")
+        return out + ([("audio", clip.audio_sha256)] if audio and unheard else [])
+
+    def _read(self, clip: Clip, root: Path, video: bool, audio: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Frames, in the size that the tower takes, and wave of a clip, of the streams that are wanted."""
+        path = root / clip.file
+        if video or audio:
+            found = stream_hashes(path)
+            if (video and found[0] != clip.video_sha256) or (audio and found[1] != clip.audio_sha256):
+                raise MediaError(f"{path} is not the file of the hashes in clips.jsonl: {OTHER_HASH}.")
+        frames = read_video(path, self.fps, self.resize) if video else None
+        wave = read_audio(path, AUDIO_RATE, muted=clip.condition == "muted") if audio else None
+        return frames, wave
 
     @torch.no_grad()
-    def _encode(self, wanted: list[tuple[Clip, Path, bool, bool]]) -> None:
-        videos: dict[str, tuple[Clip, np.ndarray]] = {}
-        audios: dict[str, tuple[Clip, np.ndarray]] = {}
-        for clip, root, video, audio in wanted:
-            video = video and ("video", clip.video_sha256) not in self._streams and clip.video_sha256 not in videos
-            audio = audio and self._to_hear(clip, [*self._streams, *(("audio", sha) for sha in audios)], self._as_muted)
-            path = root / clip.file
-            if video or audio:
-                found = stream_hashes(path)
-                if (video and found[0] != clip.video_sha256) or (audio and found[1] != clip.audio_sha256):
-                    raise MediaError(f"{path} is not the file of the hashes in clips.jsonl: {OTHER_HASH}.")
-            if video:
-                frames = read_video(path, self.fps, self.resize)
-                if videos and sum(v.size for _, v in videos.values()) + frames.size > AT_ONCE:
-                    self._encode_videos(videos)
-                    videos = {}
-                videos[clip.video_sha256] = clip, frames
-            if audio:
-                audios[clip.audio_sha256] = clip, read_audio(path, AUDIO_RATE, muted=clip.condition == "muted")
-                (self._as_muted.add if clip.condition == "muted" else self._as_muted.discard)(clip.audio_sha256)
-        self._encode_videos(videos)
-        for sha, (clip, wave) in audios.items():
-            if wave.size == 0:
-                raise ModelError(f"{clip.file}: its audio left no tokens. The stream is too short for this model; use a longer clip.")
-            (features,) = self.encode_audio([wave])
-            self._keep("audio", sha, clip, features)
+    def _run_towers(self, clip: Clip, frames: np.ndarray | None, wave: np.ndarray | None) -> None:
+        """One by one: in a batch the last digits depend on the others, and what is measured must not depend on what was before."""
+        if frames is not None:
+            self._keep(clip, "video", partial(self.encode_video, resized=True), frames)
+        if wave is not None:
+            self._keep(clip, "audio", self.encode_audio, wave)
+            (self._quiet.add if clip.condition == "muted" else self._quiet.discard)(clip.audio_sha256)
 
-    def _encode_videos(self, videos: Mapping[str, tuple[Clip, np.ndarray]]) -> None:
-        if videos:
-            found = self.encode_video([frames for _, frames in videos.values()], resized=True)
-            for (sha, (clip, _)), features in zip(videos.items(), found, strict=True):
-                self._keep("video", sha, clip, features)
-
-    def _keep(self, kind: str, sha: str, clip: Clip, features: StreamFeatures) -> None:
-        if features.features.shape[0] == 0:
-            raise ModelError(f"{clip.file}: its {kind} left no tokens. The stream is too short for this model; use a longer clip.")
-        self._streams[(kind, sha)] = features
+    def _keep(self, clip: Clip, kind: str, run: Callable[[list[np.ndarray]], list[StreamFeatures]], stream: np.ndarray) -> None:
+        length = f"{len(stream) / AUDIO_RATE:.2f} s" if kind == "audio" else f"{len(stream)} frames"
+        reason = "leaves no tokens, so it is too short for this model"
+        try:
+            features = run([stream])[0] if len(stream) else None
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, ValueError, RuntimeError) as error:
+            reason = f"the {kind} tower cannot take it ({str(error).strip().splitlines()[0]})"
+        else:
+            if features is not None and features.features.shape[0]:
+                self._streams[(kind, clip.video_sha256 if kind == "video" else clip.audio_sha256)] = features
+                return
+        raise ModelError(f"{clip.file}: its {kind} lasts {length} and {reason}. Use a longer clip, or leave this one out.")
 
     # ---------------------------------------------------------------- prompts
 
@@ -356,8 +385,10 @@ class AVLLM(ABC):
             emitters = torch.empty(len(which), len(steps), self.hidden_size, dtype=self.dtype, device=self.device)
             for jobs, some in self._emitters(prefix, which, suffixes, cuts, len(steps)):
                 emitters[jobs] = self.text_model.norm(some)
+        logits = self.head(emitters)
+        self.require_finite(logits[targets != -100] if targets.shape[1] else logits)
         return Output(
-            self.head(emitters),
+            logits,
             targets,
             _pad([s.span for s in suffixes], False).to(self.device),
             kinds,
@@ -376,6 +407,7 @@ class AVLLM(ABC):
         for jobs, states in self._emitters(prefix, which, suffixes, cuts, max(1, targets.shape[1])):
             for some, part in zip(jobs.split(size), states.split(size), strict=True):
                 out[some] = answer_logprobs(self.lens(part), targets[some])
+        self.require_finite(out)
         return out
 
     @torch.no_grad()
@@ -436,7 +468,9 @@ class AVLLM(ABC):
         alive = list(range(len(said)))  # what each row of `decoding` is
         done = [False] * len(said)
         for step in range(max_new_tokens):
-            token = self.head(self.text_model.norm(decoding.states)).argmax(-1)
+            logits = self.head(self.text_model.norm(decoding.states))
+            self.require_finite(logits)
+            token = logits.argmax(-1)
             for i, t in zip(alive, token.tolist(), strict=True):
                 done[i] = done[i] or t == self.end_id
                 if not done[i]:
@@ -504,6 +538,17 @@ class AVLLM(ABC):
                 "call models.self_check(model, media, question) with one that has."
             )
         self_check(self, usable, question("hear"))
+
+    def require_finite(self, numbers: torch.Tensor) -> None:
+        """Raise ModelError, with a remedy, where logits or states are NaN or infinite: an argmax of such numbers looks like an answer."""
+        if bool(torch.isfinite(numbers).all()):
+            return
+        remedy = {
+            torch.float16: "float16 ends at 65504, so use --dtype bfloat16 or --dtype float32",
+            torch.bfloat16: "--dtype float32 shows whether that is because its numbers are coarse or because of the weights",
+        }.get(self.dtype, "get the checkpoint again, or take the one before a merge or a training of your own")
+        which = f"{self.path} with the adapter {self.adapter}" if self.adapter else self.path
+        raise ModelError(f"{which}: in {str(self.dtype).removeprefix('torch.')} the model's logits are not numbers (NaN or infinite); {remedy}.")
 
     def lens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logit lens: logits (..., V) of states (..., H) through the final norm and the head."""

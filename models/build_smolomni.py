@@ -414,7 +414,11 @@ def av_examples(
 if __name__ == "__main__":
     import tyro
 
+    from data.files import quiet_libraries
+
+    quiet_libraries()
     try:
         main(tyro.cli(BuildSmolOmni, description=__doc__))
     except (DataError, ModelError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

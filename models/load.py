@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from models import qwen2_5_omni, qwen_vl, smolomni
@@ -19,6 +24,11 @@ FAMILIES = {
     qwen_vl.Qwen25VL.family: qwen_vl.Qwen25VL,  # these two hear nothing: bases of token shift
     qwen_vl.Qwen3VL.family: qwen_vl.Qwen3VL,
 }
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Levels of a module's name that tell nothing: wrappers of trainers, and what versions of transformers have or have not in between.
+WRAPPERS = frozenset(
+    ("base_model", "model", "thinker", "language_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+)
 
 
 def load_model(
@@ -31,20 +41,24 @@ def load_model(
     """Load a model folder (or hub id), and optionally a PEFT adapter on top.
 
     base: folder of the vision-language base for token shift; by default what the model folder's avbalance.json names.
-    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, an adapter of another model, or a given
-    base that is no model; the base itself is loaded by who uses it.
+    Raises ModelError for a folder that is no model, a family that is not supported, incomplete weights, weights that are not finite, an adapter
+    that cannot be used (`attach_adapter`), or a given base that is no model; the base itself is loaded by who uses it.
     """
     folder, family = Path(path), family_of(path)
     if base is not None:
         family_of(base)
     note = folder / "avbalance.json"
     if base is None and note.is_file():
-        named = json.loads(note.read_text()).get("base")
+        try:
+            named = json.loads(note.read_text()).get("base")
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"{note} is damaged ({error}). Restore it, or remove it: then the model has no base for token shift.") from None
         base = str((folder / named).resolve()) if named else None
     try:
         model = family.load(path, device, dtype, base)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{path}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_finite(model)
     if adapter is not None:
         attach_adapter(model, adapter)
     return model
@@ -67,30 +81,174 @@ def family_of(path: str | Path) -> Any:
 
 
 def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -> None:
-    """Load a PEFT adapter onto the model. Raises ModelError where it was made for another model."""
-    from peft import PeftModel
+    """Load a PEFT adapter onto the model: LoRA in all of PEFT's forms (DoRA, biases, modules_to_save), under PEFT's names or another trainer's.
+
+    What had to be renamed is said on stderr. Raises ModelError for a damaged file, numbers that are not finite, a method that is not LoRA, and an
+    adapter of another model.
+    """
+    from peft import PeftConfig, PeftModel
 
     folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"{adapter} is no adapter: it needs adapter_config.json and adapter_model.safetensors "
-            "(a run keeps the chosen one in <run>/adapter, each checkpoint its own in <checkpoint>/adapter)."
-        )
+    tensors = _read_adapter(folder)
+    places = _places(model, folder, tensors)
+    foreign = {name for name, place in places.items() if name.replace(".base_layer", "") != place.name}
     try:
-        model.thinker = PeftModel.from_pretrained(model.thinker, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{adapter} was made for another model than {model.path}: {str(error).strip().splitlines()[0]}") from None
-    check_adapter_names(model, folder)
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        config.task_type = None  # PEFT would look for the head of a task
+        if not foreign:
+            model.thinker = PeftModel.from_pretrained(model.thinker, str(folder), config=config, is_trainable=trainable)
+        else:
+            _name_modules(config, tensors, places)
+            tensors = {place.name: tensors[name] for name, place in places.items()}
+            with tempfile.TemporaryDirectory() as scratch:
+                config.save_pretrained(scratch)
+                save_file(tensors, Path(scratch) / WEIGHTS, {"format": "pt"})
+                model.thinker = PeftModel.from_pretrained(model.thinker, scratch, config=config, is_trainable=trainable)
+            pairs = {_beginnings(places[name]) for name in foreign}
+            shown = ", ".join(f"{old or '(nothing)'} -> {new or '(nothing)'}" for old, new in sorted(pairs)[:3])
+            print(f"{adapter}: {len(foreign)} of its weights have the names of another trainer; read as {shown}.", file=sys.stderr)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{adapter} does not fit {model.path}, so it was made for another model: {' '.join(li.strip() for li in lines[:2])}"
+        ) from None
+    _check_names(model, folder, set(tensors))
     model.adapter = str(adapter)
 
 
 def check_adapter_names(model: AVLLM, folder: Path) -> None:
-    """PEFT ignores adapter weights whose module does not exist; an adapter that silently does less than it should is refused."""
-    from safetensors import safe_open
+    """Raises ModelError where the names in the file are not those of the adapter that the model has."""
+    _check_names(model, folder, set(_read_adapter(folder)))
 
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        names = set(file.keys())
-    have = {name.replace(".default", "") for name, _ in model.thinker.named_parameters() if "lora_" in name}
-    if names != have:
-        odd = sorted(names ^ have)[0]
-        raise ModelError(f"{folder} was made for another model than {model.path}: {len(names ^ have)} of its weights do not match, e.g. {odd}.")
+
+def _check_names(model: AVLLM, folder: Path, names: set[str]) -> None:
+    """PEFT ignores adapter weights whose module does not exist; an adapter that silently does less than it should is refused."""
+    wanted = {_plain_name(name) for name in names}
+    have = {_plain_name(name) for name, _ in model.thinker.named_parameters()}
+    odd = sorted((wanted - have) | ({name for name in have if "lora_" in name} - wanted))
+    if odd:
+        raise ModelError(f"{folder} was made for another model than {model.path}: {len(odd)} of its weights do not match, e.g. {odd[0]}.")
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what PEFT puts in between when it is in the model, and not in the file."""
+    name = re.sub(r"\.(default|modules_to_save|base_layer)(?=\.|$)", "", name)
+    return re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name)
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights, checked with their configuration as far as that needs no model. Raises ModelError."""
+    settings, weights = folder / SETTINGS, folder / WEIGHTS
+    if not settings.is_file() or not weights.is_file():
+        below = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}")) if folder.is_dir() else []
+        if settings.is_file() and (folder / "adapter_model.bin").is_file():
+            raise ModelError(
+                f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read, so it is not read here. Convert it where you "
+                'trust it: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
+                "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
+            )
+        raise ModelError(
+            f"{folder} is no adapter: it needs {SETTINGS} and {WEIGHTS} "
+            "(a run keeps the chosen one in <run>/adapter, each checkpoint its own in <checkpoint>/adapter)."
+            + (f" There is one in {below[0]}." if below else "")
+        )
+    try:
+        said = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{settings} is damaged, it is no JSON ({error}). Copy the adapter again.") from None
+    if not isinstance(said, dict) or not isinstance(said.get("peft_type"), str):
+        raise ModelError(f'{settings} is no configuration of PEFT: it has no "peft_type". Copy the adapter again.')
+    if said["peft_type"] != "LORA":
+        raise ModelError(f"{folder} is an adapter of the kind {said['peft_type']}; only LoRA (also DoRA and modules_to_save) is read here.")
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{weights} is damaged or cut short ({str(error).splitlines()[0]}). Copy the adapter again.") from None
+    if not tensors:
+        raise ModelError(f"{weights} holds no weights. Copy the adapter again.")
+    if bad := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]:
+        raise ModelError(
+            f"{weights} holds numbers that are not finite (NaN or infinite) in {len(bad)} of its {len(tensors)} weights, e.g. {bad[0]}: its "
+            "training diverged. Take an earlier checkpoint, or train again with a smaller learning rate."
+        )
+    return tensors
+
+
+class _Place(NamedTuple):
+    """Where a weight of an adapter belongs: `path` is its module as the file calls it, `module` as this model does, `part` what it is of it."""
+
+    path: str
+    module: str
+    part: str
+
+    @property
+    def name(self) -> str:
+        """As PEFT's own file of this model's adapter has it."""
+        return f"base_model.model.{self.module}.{self.part}"
+
+
+def _places(model: AVLLM, folder: Path, names: Iterable[str]) -> dict[str, _Place]:
+    """Each weight's place. Other trainers see the model below wrappers, and other versions of transformers have other levels in between, so levels
+    that tell nothing (WRAPPERS) are left out where names are compared. Raises ModelError for a weight that has no place."""
+    known = {name for name, _ in model.thinker.named_modules()}
+    by_levels = {_levels(name): name for name in sorted(known, key=len)}  # of a wrapper and what it wraps the inner one
+    found, lost = dict[str, _Place](), list[str]()
+    for name in names:
+        tail = re.search(r"\.(lora_[A-Za-z_]+(\.default)?(\.weight|\.bias)?|weight|bias)$", name)
+        path = name[: tail.start()] if tail else name
+        inner = re.sub(r"\.(base_layer|modules_to_save(\.default)?)$", "", path.removeprefix("base_model.model."))
+        module = inner if inner in known else by_levels.get(_levels(inner))
+        if tail and module:
+            found[name] = _Place(inner, module, tail[1].replace(".default", ""))
+        else:
+            lost.append(name)
+    if lost:
+        talker = " They are of the talker, which is not loaded here." if any("talker" in name.split(".") for name in lost) else ""
+        raise ModelError(
+            f"{folder} was made for another model than {model.path}: {len(lost)} of its weights have no place here, e.g. {lost[0]}.{talker}"
+        )
+    return found
+
+
+def _levels(path: str) -> tuple[str, ...]:
+    return tuple(level for level in path.split(".") if level not in WRAPPERS)
+
+
+def _beginnings(place: _Place) -> tuple[str, str]:
+    """A module's two names, without the end that they have in common."""
+    old, new = place.path.split("."), place.module.split(".")
+    while old and new and old[-1] == new[-1]:
+        old, new = old[:-1], new[:-1]
+    return ".".join(old), ".".join(new)
+
+
+def _name_modules(config: Any, tensors: dict[str, torch.Tensor], places: dict[str, _Place]) -> None:
+    """Let a LoRA configuration name this model's modules, each with its rank and scale, instead of patterns over names that are not used here."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas, whole = dict[str, int](), dict[str, float](), set[str]()
+    for name, (path, module, part) in places.items():
+        if re.match(r"lora_(embedding_)?A", part):
+            ranks[module] = tensors[name].shape[0]
+            alphas[module] = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+        elif not part.startswith("lora_"):
+            whole.add(module)
+    config.target_modules, config.rank_pattern, config.alpha_pattern = set(ranks), ranks, alphas
+    config.modules_to_save = sorted(whole - set(ranks)) or None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def check_finite(model: AVLLM) -> None:
+    """Raise ModelError where a weight of the model is not a finite number."""
+    for name, weight in model.thinker.named_parameters():
+        if bool(torch.isfinite(weight).all()):
+            continue
+        if model.dtype == torch.float16:
+            raise ModelError(
+                f"{model.path}: in float16 the weights hold numbers that are not finite (NaN or infinite), e.g. {name}: so does the checkpoint, or "
+                "it is beyond float16's range. Try bfloat16 or float32; if that says the same, get the checkpoint again."
+            )
+        raise ModelError(
+            f"{model.path}: the weights hold numbers that are not finite (NaN or infinite), e.g. {name}. Get the checkpoint again; if it was merged "
+            "or trained by you, take the one before."
+        )

@@ -446,4 +446,13 @@ def write(config: OrganismConfig, model: Qwen25Omni, bias: Bias) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(OrganismConfig, description=__doc__))
+    from data.clips import DataError
+    from data.files import quiet_libraries
+    from models.avllm import ModelError
+
+    quiet_libraries()
+    try:
+        main(tyro.cli(OrganismConfig, description=__doc__))
+    except (DataError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

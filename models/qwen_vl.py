@@ -63,7 +63,10 @@ class Qwen25VL(AVLLM):
     def encode_audio(self, waves: list[np.ndarray]) -> list[StreamFeatures]:
         self._deaf()
 
-    def encode_video(self, videos: list[np.ndarray]) -> list[StreamFeatures]:
+    def resize(self, frames: np.ndarray) -> np.ndarray:
+        return frames  # the size may depend on how many frames there are, so it is given to all of them in `encode_video`
+
+    def encode_video(self, videos: list[np.ndarray], resized: bool = False) -> list[StreamFeatures]:
         inputs = self.processor.video_processor(
             videos=[torch.as_tensor(v) for v in videos], do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
         )

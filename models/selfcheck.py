@@ -111,16 +111,20 @@ class _Check:
         inputs, text = batch.inputs, self.model.text_model
         embeds = text.embed_tokens(inputs["input_ids"])
         embeds = embeds.masked_scatter(inputs["media_mask"][..., None], inputs["features"].to(embeds.dtype))
-        return text(
+        states = text(
             inputs_embeds=embeds,
             position_ids=inputs["position_ids"],
             attention_mask=inputs["attention_mask"],
             use_cache=False,
             instruments=instruments,
         ).last_hidden_state
+        self.model.require_finite(states[batch.kinds != Kind.PAD])  # or attention would be blamed for what the weights did
+        return states
 
     def logits(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        return self.model.head(states.flatten(0, 1)[batch.inputs["rows"]])
+        logits = self.model.head(states.flatten(0, 1)[batch.inputs["rows"]])
+        self.model.require_finite(logits)
+        return logits
 
     def stock(self, batch: Batch, name: str) -> torch.Tensor:
         """Logits of the stock model under one of its own attentions."""

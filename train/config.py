@@ -342,9 +342,14 @@ def load_yaml(path: str | os.PathLike) -> Config:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     try:
-        return _fill(Config, {} if raw is None else raw, "", Config())
+        return config_of({} if raw is None else raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def config_of(raw: Any) -> Config:
+    """Settings as nested mappings, strictly: every key must exist and fit its type. Raises ConfigError naming the key."""
+    return _fill(Config, raw, "", Config())
 
 
 def parse(args: Sequence[str] | None = None) -> Config:

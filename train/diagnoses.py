@@ -33,7 +33,7 @@ def identity(model: AVLLM, clips: Clips, settings: DiagnoseSettings, split: str)
     return {
         "stated": {name: value for name, value in said.items() if name not in NEUTRAL},
         "split": split,
-        "clips": clips.data_hash,
+        "clips": clips.hash_of(split),
         "names": [model.path, model.adapter, model.base_path],
         "weights": [weights_hash(model), weights_hash(base) if base else None],
         "code": code_hash(),

@@ -16,6 +16,7 @@ killed and went on ends with the same bytes as one that was not.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from analysis.compare import compare
-from analysis.diagnose import DiagnoseSettings, diagnose
+from analysis.diagnose import DiagnoseSettings, SettingsError, check_sites, diagnose, used
 from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
@@ -45,10 +46,11 @@ from analysis.trajectory import headline
 from analysis.visits import Subject
 from analysis.work import code_hash, weights_hash
 from data.build import build
+from data.check import refusal
 from data.clips import Clips, DataError, load_clips
-from data.files import read_jsonl, write_json, write_text
+from data.files import quiet_libraries, read_jsonl, write_json, write_text
 from data.questions import question
-from models import AVLLM, CutError, ModelError, load_model, self_check
+from models import AVLLM, Cut, CutError, ModelError, load_model, self_check
 from train.batches import GATED, Answers, loss_terms, make_micro
 from train.best import Best, choose_best, stop_reason
 from train.card import save_chosen
@@ -67,22 +69,32 @@ from train.diagnoses import identity, shared
 from train.ema import Ema
 from train.objective import total
 from train.plan import Plan, PlanError, make_plan, show
-from train.sampling import Group, sample_step, share, training_clips
+from train.sampling import Group, passages, sample_step, share, training_clips
 
 T = TypeVar("T")
 FALL = 0.3  # share of the steps in which a trapezoid falls
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}  # any of the modules will do
 
 
 class TrainError(ValueError):
     """A run that cannot go on. The message says why and what to do."""
 
 
+class StartError(TrainError):
+    """A run that cannot be begun as it was asked for: nothing was measured or trained."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code; what a user can mend ends in one line on stderr and 1."""
+    """The command line. Returns the exit code; what a user can mend ends in one line on stderr and 2 where the input cannot be used, 1 where the run
+    failed on its way."""
+    quiet_libraries()
     try:
         run(parse(args))
         return 0
-    except (ConfigError, DataError, ModelError, CutError, FindingsError, PlanError, CheckpointError, TrainError) as error:
+    except (ConfigError, DataError, ModelError, CutError, FindingsError, SettingsError, StartError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (PlanError, CheckpointError, TrainError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:  # a full disk, as a rule
         print(f"error: {error}. Mend that and start the same command again: it goes on where it was.", file=sys.stderr)
@@ -100,17 +112,17 @@ def run(config: Config) -> Path:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # processes wait for each other in a diagnosis
     )
     if accelerator.num_processes != started():
-        raise TrainError(
+        raise StartError(
             f"{started()} processes were started, but accelerate counts {accelerator.num_processes}, so each would train on its own. "
             f"On CPU start them with `torchrun --nproc_per_node {started()} train …`, without DeepSpeed."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise TrainError(
+        raise StartError(
             "DeepSpeed ZeRO-3 cannot train here: teacher and diagnosis need the whole model in every process (docs/gotchas.md). "
             "Use configs/deepspeed/zero2.json."
         )
     if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise TrainError(
+        raise StartError(
             f"accelerate was told mixed_precision {accelerator.mixed_precision}, which would reach the student and not its teacher or the diagnoses. "
             "Start with --mixed_precision no (accelerate_config.yaml has it) and say --model.dtype bfloat16 instead."
         )
@@ -118,12 +130,15 @@ def run(config: Config) -> Path:
     torch.set_num_threads(config.run.threads or default_threads(accelerator.num_processes))
     with accelerator.main_process_first():
         open_folder(folder, config, main_process)
-        if main_process:
-            note_code(folder / "code.txt")
         clips = open_clips(config)
+    check_settings(config, clips, accelerator.num_processes)
 
     model = load_model(config.model.path, device=accelerator.device, dtype=getattr(torch, config.model.dtype))
-    check_weights(folder / "weights.txt", model, main_process)
+    check_fit(config, model)
+    check_weights(folder / "weights.txt", model)
+    read_clips(config, model, clips, accelerator)
+    if main_process:  # only now: what was refused has left no run behind that the mended settings would not fit
+        note_begun(folder, config, model)
     sample = clips.select("train", "factual")[:1] or training_clips(clips, config.data.train_on)[:1]
     self_check(model, model.media(sample[0], clips.root), question("hear"))
 
@@ -164,8 +179,11 @@ def run(config: Config) -> Path:
         elif not there(path):
             measure(path, split, settings, what, path.with_name(f"{path.name}.work"))
         findings = Findings.load(path)
-        if findings.data_hash != clips.data_hash:
-            raise TrainError(f"{path} was measured on other clips than {clips.root} holds now. Restore them, or start anew with --run.overwrite.")
+        if findings.data_hash != clips.hash_of(split):
+            raise TrainError(
+                f"{path} was measured on other clips of the {split} split than {clips.root} holds now. "
+                "Restore them, or start anew with --run.overwrite."
+            )
         return findings
 
     def planned(path: Path) -> None:
@@ -372,22 +390,28 @@ def raise_not_finite(folder: Path, step: int, groups: Sequence[Group], parts: Se
 
 
 def open_folder(folder: Path, config: Config, main_process: bool) -> None:
-    """Make the run folder ready: new, or the same run taken up again. Raises TrainError where it holds another run or something else."""
+    """Make the run folder ready: new, or the same run taken up again. Raises StartError where it holds another run or something else."""
     saved = folder / "config.yaml"
     unfinished = saved.with_name(f"{saved.name}.partial")  # of a start that was killed at once
     if folder.exists() and not saved.exists() and set(folder.iterdir()) - {unfinished}:
-        raise TrainError(f"{folder} is not empty and no run folder (it has no config.yaml). Choose another --run.folder; nothing in it was touched.")
+        raise StartError(f"{folder} is not empty and no run folder (it has no config.yaml). Choose another --run.folder; nothing in it was touched.")
     if saved.exists() and config.run.overwrite and main_process:
         shutil.rmtree(folder)
     if saved.exists() and (odd := differences(load_yaml(saved), config)):
-        raise TrainError(
+        raise StartError(
             f"{folder} holds a run with other settings: {'; '.join(odd)}. Give the old settings to go on with it, "
             "another --run.folder to keep it, or --run.overwrite to delete it."
         )
-    if main_process and not saved.exists():
-        config.save(saved)
     if main_process:
         clear_leftovers(folder / "checkpoints")
+
+
+def note_begun(folder: Path, config: Config, model: AVLLM) -> None:
+    """Write down the settings, the code and the weights' hash, each where it is not there yet."""
+    if not (folder / "config.yaml").exists():
+        config.save(folder / "config.yaml")
+    note_code(folder / "code.txt")
+    write_text(folder / "weights.txt", weights_hash(model) + "\n")
 
 
 def note_code(path: Path) -> None:
@@ -398,24 +422,79 @@ def note_code(path: Path) -> None:
         write_text(path, "\n".join([*lines, now]) + "\n")
 
 
-def check_weights(path: Path, model: AVLLM, main_process: bool) -> None:
-    """Raise TrainError where the run was begun with other weights under the same path; write down their hash where it begins."""
-    now = weights_hash(model)
-    if path.exists() and path.read_text(encoding="utf-8").strip() != now:
-        raise TrainError(
+def check_weights(path: Path, model: AVLLM) -> None:
+    """Raise StartError where the run was begun with other weights under the same path."""
+    if path.exists() and path.read_text(encoding="utf-8").strip() != weights_hash(model):
+        raise StartError(
             f"{model.path} has other weights than when the run in {path.parent} was begun, so neither its findings nor its checkpoints fit. "
             "Put the old weights back to go on with it, choose another --run.folder to keep it, or give --run.overwrite to delete it."
         )
-    if main_process:
-        write_text(path, now + "\n")
 
 
 def open_clips(config: Config) -> Clips:
     """Load the clip folder; build it, or finish building it, where it is ours or not there. Call in the main process first."""
-    manifest = Path(config.data.clips) / "manifest.json"
-    if manifest.is_file() and "config" not in load_clips(config.data.clips).manifest:
-        return load_clips(config.data.clips)  # somebody's own
+    root = Path(config.data.clips)
+    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        clips = load_clips(root)  # or a sentence on what it is instead
+        if "config" not in clips.manifest:
+            return clips  # somebody's own
     return build(config.data.build, config.data.clips)
+
+
+def check_settings(config: Config, clips: Clips, processes: int) -> None:
+    """Refuse what cannot work whatever is found: raises StartError, SettingsError or DataError before a model is loaded."""
+    tracker = config.run.tracker
+    if tracker != "none" and not any(importlib.util.find_spec(name) for name in TRACKERS[tracker]):
+        raise StartError(f"run.tracker is {tracker}, which is not installed here: pip install {tracker}, or leave it out (metrics.jsonl is written).")
+    share([None] * config.schedule.grids, 0, processes, 0, config.schedule.accumulate)  # type: ignore[list-item]
+    training_clips(clips, config.data.train_on)
+    if config.data.text is not None:
+        passages(config.data.text)
+    for split in ("plan", "selection", "test"):
+        settings: DiagnoseSettings = getattr(config.diagnosis, split)
+        check_sites(settings)
+        there = [c for c in ("factual", "counterfactual") if clips.select(split, c) and getattr(settings, c) != 0]
+        for condition in ("factual", "counterfactual"):
+            if condition not in there and (split != "test" or not there):
+                raise DataError(
+                    f"{clips.root}: training needs {condition} clips of the {split} split, and there are none, or "
+                    f"diagnosis.{split}.{condition} is 0. (data.counterfactual makes counterfactual clips of factual ones.)"
+                )
+
+
+def check_fit(config: Config, model: AVLLM) -> None:
+    """Refuse settings that this model cannot have: raises StartError before anything is measured."""
+    layers = f"{model.path} has layers 0 to {model.n_layers - 1}"
+    if wrong := [layer for layer in config.lora.layers or () if not 0 <= layer < model.n_layers]:
+        raise StartError(f"lora.layers names {wrong}, but {layers}.")
+    for name in ("teacher_cut", "mirror_cut"):
+        text = getattr(config.loss, name)
+        if text is not None and Cut.parse(text).stop > model.n_layers:
+            raise StartError(f"loss.{name} is {text!r}, but {layers}, so a cut ends at {model.n_layers} at most.")
+    if (given := config.lora.projections) is not None:
+        for layer in config.lora.layers or range(model.n_layers):
+            missing = [name for name in given if not model.lora_targets([layer], [name])]
+            if missing:
+                raise StartError(f"lora.projections names {missing}, which layer {layer} of {model.path} does not have.")
+
+
+def read_clips(config: Config, model: AVLLM, clips: Clips, accelerator: Accelerator) -> None:
+    """Read every clip that the run will need, those to be measured on shared out among the processes, before the first is measured on. Raises
+    DataError that names all that cannot be used."""
+    training, folder = training_clips(clips, config.data.train_on), Path(config.run.folder)
+    wanted = {
+        "plan": not (folder / "findings" / "plan.json").exists(),
+        "selection": not (folder / "findings" / "after.json").exists(),
+        "test": not (folder / "findings" / "after.json").exists(),
+    }
+    measured = [clip for split, there in wanted.items() if there for clip in used(clips, split, getattr(config.diagnosis, split))]
+    mine = training * wanted["test"] + measured[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=len(mine), desc="reading media", unit="clip", disable=not accelerator.is_main_process, leave=False, dynamic_ncols=True)
+    found = model.unusable([(clip, True, True) for clip in mine], clips.root, bar.update)
+    bar.close()
+    bad = {clip.id: (clip, reason) for clip, reason in gather_object(found)}
+    if bad:
+        raise refusal(clips.root, list(bad.values()), len({clip.id for clip in (*training, *measured)}))
 
 
 def started() -> int:

@@ -274,6 +274,11 @@ def test_the_command_line_refuses(tmp_path, capsys):
     for flags, message in (
         (["--set", "lora.r"], "write key=value"),
         (["--set", "lora.r", "--set", "lora.alpha=8"], "write key=value"),  # a second --set adds to the first
+        (["--set", "nonsense=1"], "arm a: unknown key 'nonsense'"),
+        (["--set", "lora.rr=1"], "arm a: unknown key 'lora.rr'; did you mean 'r'?"),
+        (["--set", "schedule.steps=many"], "arm a: schedule.steps should be int"),
+        (["--set", "diagnosis.plan.factual=-3"], "arm a: diagnosis.plan: factual is -3"),
+        (["--seeds", "-1"], "run.seed is -1"),
         (["--jobs", "0"], "--jobs 0"),
         (["--arms", "z"], "--arms z"),
         (["--publish", str(tmp_path / "out")], "--out itself"),

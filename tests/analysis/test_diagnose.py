@@ -25,7 +25,7 @@ def findings(model, clips):
 
 
 def test_everything_asked_for_is_there(findings, model, clips):
-    assert (findings.split, findings.n_layers, findings.data_hash) == ("test", 3, clips.data_hash)
+    assert (findings.split, findings.n_layers, findings.data_hash) == ("test", 3, clips.hash_of("test"))
     assert (findings.model, findings.base) == (model.path, model.base_path)
     n = {
         "counterfactual": 12,

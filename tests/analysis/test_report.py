@@ -15,7 +15,20 @@ from rich.console import Console
 from analysis.charts import RATES, Series, columns, lines, span, tick_steps
 from analysis.compare import compare
 from analysis.findings import (
-    CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Lens, Probe, Readout, Reliance, Sample, Shift, Sources,
+    CutEffect,
+    Effect,
+    Estimate,
+    Findings,
+    Flow,
+    Following,
+    Latent,
+    Lens,
+    Probe,
+    Readout,
+    Reliance,
+    Sample,
+    Shift,
+    Sources,
 )
 from analysis.items import ItemStore, Key
 from analysis.report import headline, headline_figure, write_report

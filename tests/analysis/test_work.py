@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.diagnose import DiagnoseSettings, batches, choose, diagnose
+from analysis.knockout import KnockoutSweep
+from analysis.visits import Visit
 from analysis.work import Work
+from data.check import leave_out
+from data.clips import load_clips
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -57,9 +63,9 @@ def test_a_killed_diagnosis_goes_on_where_it_was(whole, model_folder, clips, tmp
     """Killed twice, in the first visits and in the answers under cuts; what was measured before is not measured again."""
     out, work = tmp_path / "findings.json", tmp_path / "findings.json.work"
     kept: dict[str, int] = {}
-    for stage in ("visits_00002", "answers_00000"):
+    for stage, count in (("visits", 3), ("answers", 1)):
         process = start([sys.executable], model_folder, clips, out)
-        while process.poll() is None and not list(work.glob(f"{stage}.*")):
+        while process.poll() is None and len(list(work.glob(f"{stage}_*"))) < count:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -70,6 +76,59 @@ def test_a_killed_diagnosis_goes_on_where_it_was(whole, model_folder, clips, tmp
     process = start([sys.executable], model_folder, clips, out)
     finished(process)
     assert out.read_bytes() == whole and not work.exists()
+
+
+def test_leaving_a_clip_out_keeps_what_was_measured_on_the_others(model, clips, tmp_path, monkeypatch):
+    """Killed after its visits and with a clip less: the findings are those of a fresh diagnosis of what is left, and most visits are on disk."""
+    settings = DiagnoseSettings(
+        counterfactual=16, factual=8, alone=2, unseen=2, bare=2, grids=6, shift=4, captions=0, knockout=6, knockout_factual=2, knockout_media=2,
+        knockout_width=2, probes=False, max_new_tokens=4, flips=10, batch=3,
+    )  # fmt: skip
+    root = shutil.copytree(clips.root, tmp_path / "clips")
+    work = tmp_path / "findings.json.work"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KnockoutSweep, "best", stopped)
+        diagnose(model, load_clips(root), settings, "test", progress=False, work=work)
+    kept = {file.name for file in work.iterdir()}
+    lost = choose(load_clips(root), "test", settings).counterfactual[7]
+    less = leave_out(load_clips(root), [lost.id])
+    visited: list[list[str]] = []
+    real = Visit.__init__
+
+    def counted(self, subject, some, condition, *rest):
+        visited.append([clip.id for clip in some])
+        real(self, subject, some, condition, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Visit, "__init__", counted)
+        resumed = diagnose(model, less, settings, "test", progress=False, work=work)
+        anew = len(visited)
+        fresh = diagnose(model, less, settings, "test", progress=False)
+    resumed.save(tmp_path / "resumed.json"), fresh.save(tmp_path / "fresh.json")
+    assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "fresh.json").read_bytes()
+    assert anew <= 0.6 * (len(visited) - anew), visited  # answers under cuts had not been measured
+    assert kept <= {file.name for file in work.iterdir()} and not any(lost.id in ids for ids in visited)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 48])
+def test_batches_soon_end_where_they_did_before(most):
+    ids = [f"clip{i}" for i in range(500)]
+
+    def ends(names):
+        cut = list(batches(names, most))
+        assert [a for a, _ in cut] == [0, *(b for _, b in cut[:-1])] and cut[-1][1] == len(names)
+        assert all((most + 1) // 2 <= b - a <= most for a, b in cut[:-1]) and 0 < cut[-1][1] - cut[-1][0] <= most
+        return {tuple(names[a:b]) for a, b in cut}
+
+    whole = ends(ids)
+    for out in (0, 123, 250, 499):
+        left = ends(ids[:out] + ids[out + 1 :])
+        assert len(left - whole) * most <= 60 + 4 * most  # few batches, however many there are
+    assert list(batches([], most)) == [] and list(batches(["a"], most)) == [(0, 1)]
 
 
 def job(calls):
@@ -85,8 +144,8 @@ def job(calls):
 
 def test_records_survive_the_disk_and_are_measured_once(tmp_path):
     calls: list[int] = []
-    first = Work(tmp_path / "w", {"seed": 0}).records("visits", 3, job(calls))
-    again = Work(tmp_path / "w", {"seed": 0}).records("visits", 3, job(calls))
+    first = Work(tmp_path / "w", {"seed": 0}).records("visits", ["a", "b", "c"], job(calls))
+    again = Work(tmp_path / "w", {"seed": 0}).records("visits", ["a", "b", "c"], job(calls))
     assert calls == [0, 1, 2]
     for a, b in zip(first, again, strict=True):
         assert a["a"]["words"] == b["a"]["words"] and a["a"]["n"] == b["a"]["n"]
@@ -97,25 +156,25 @@ def test_records_survive_the_disk_and_are_measured_once(tmp_path):
 
 def test_records_of_another_diagnosis_and_damaged_ones_are_measured_again(tmp_path):
     calls: list[int] = []
-    Work(tmp_path / "w", {"seed": 0}).records("visits", 3, job(calls))
-    Work(tmp_path / "w", {"seed": 1}).records("visits", 3, job(calls))
+    Work(tmp_path / "w", {"seed": 0}).records("visits", ["a", "b", "c"], job(calls))
+    Work(tmp_path / "w", {"seed": 1}).records("visits", ["a", "b", "c"], job(calls))
     assert calls == [0, 1, 2, 0, 1, 2]
-    (tmp_path / "w" / "visits_00001.safetensors").write_bytes(b"half a file")
-    Work(tmp_path / "w", {"seed": 1}).records("visits", 3, job(calls))
+    Work(tmp_path / "w", {"seed": 1})._file("visits", "b").write_bytes(b"half a file")
+    Work(tmp_path / "w", {"seed": 1}).records("visits", ["a", "b", "c"], job(calls))
     assert calls == [0, 1, 2, 0, 1, 2, 1]
 
 
 def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path):
     calls: list[int] = []
     work = Work(tmp_path / "w", {"seed": 0})
-    work.records("visits", 1, job(calls))
+    work.records("visits", ["a"], job(calls))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"visits_00001\.safetensors cannot be written .* Free some space"):
-            work.records("visits", 2, job(calls))
+        with pytest.raises(OSError, match=r"visits_\w+\.safetensors cannot be written .* Free some space"):
+            work.records("visits", ["a", "b"], job(calls))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [f.name for f in (tmp_path / "w").iterdir()] == ["visits_00000.safetensors"]
-    work.records("visits", 2, job(calls))
+    assert list((tmp_path / "w").iterdir()) == [work._file("visits", "a")]
+    work.records("visits", ["a", "b"], job(calls))
     assert calls == [0, 1, 1]

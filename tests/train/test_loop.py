@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from huggingface_hub import ModelCard
 import train.checkpoints
 import train.loop
 from analysis.findings import Findings
+from data.check import leave_out
+from data.clips import load_clips, save_clips
 from tests.train.conftest import result
 from train.best import Best, Rates
 from train.config import SchedulePart
@@ -195,12 +198,12 @@ def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, t
     (folder / "findings").mkdir(parents=True)
     stale = folder / "findings" / "stale.json"
     stale.write_text("{}")
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "is not empty and no run folder" in capsys.readouterr().err and stale.exists()
     train.loop.parse(arguments).save(folder / "config.yaml")
-    assert main([*arguments, "--schedule.lr", "1e-5"]) == 1
+    assert main([*arguments, "--schedule.lr", "1e-5"]) == 2
     assert "schedule.lr was 0.002 and is now 1e-05" in capsys.readouterr().err
-    assert main([*arguments, "--schedule.lr", "1e-5", "--run.overwrite", "--model.path", "/no/such/model"]) == 1  # stops later, at the model
+    assert main([*arguments, "--schedule.lr", "1e-5", "--run.overwrite", "--model.path", "/no/such/model"]) == 2  # stops later, at the model
     assert not stale.exists() and "no such model folder" in capsys.readouterr().err
 
 
@@ -216,7 +219,7 @@ def test_other_weights_under_the_same_path_are_refused(arguments, tmp_path, caps
         return model
 
     monkeypatch.setattr(train.loop, "load_model", retrained)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "has other weights than when the run in" in capsys.readouterr().err
     assert main([*arguments, "--run.overwrite"]) == 0
 
@@ -233,14 +236,80 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys):
     ("extra", "message"),
     [
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["--lora.layers", "7"], "the model has layers 0 to 2"),
-        (["--loss.require-bias"], "show no bias"),
+        (["--lora.layers", "7"], "lora.layers names [7], but"),
+        (["--lora.layers", "-1"], "has layers 0 to 2"),
+        (["--loss.teacher-cut", "video->emitters 1:4"], "loss.teacher_cut is 'video->emitters 1:4', but"),
+        (["--loss.mirror-cut", "audio->emitters 0:99"], "loss.mirror_cut is"),
+        (["--data.text", "no/such/file.txt"], "no/such/file.txt cannot be read as text"),
+        (["--diagnosis.plan.knockout-sites", "video->nowhere"], "knockout_sites names video->nowhere"),
+        (["--diagnosis.selection.factual", "0"], "diagnosis.selection.factual is 0"),
+        (["--diagnosis.test.factual", "0", "--diagnosis.test.counterfactual", "0"], "training needs factual clips of the test split"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_1(arguments, extra, message, capsys):
-    assert main([*arguments, *extra]) == 1
+def test_what_cannot_work_is_one_line_and_exit_code_2_before_anything_is_measured(arguments, extra, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.loop, "diagnose", None)
+    assert main([*arguments, *extra]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "run").exists()  # so that the mended command does not find a run with other settings
+
+
+def test_a_tracker_that_is_not_installed_is_refused(arguments, capsys, monkeypatch):
+    real = train.loop.importlib.util.find_spec
+    monkeypatch.setattr(train.loop.importlib.util, "find_spec", lambda name, *rest: None if name == "trackio" else real(name, *rest))
+    assert main([*arguments, "--run.tracker", "trackio"]) == 2
+    assert "pip install trackio" in capsys.readouterr().err
+
+
+def test_findings_that_show_nothing_to_mend_are_no_bad_input(arguments, capsys):
+    assert main([*arguments, "--loss.require-bias"]) == 1
+    assert "show no bias" in capsys.readouterr().err
+
+
+def test_every_bad_clip_of_every_split_is_named_before_anything_is_measured(arguments, clips, tmp_path, capsys, monkeypatch):
+    """A training clip, one of the plan split and one of the test split; then they are left out, and the run goes on where it was."""
+    root = shutil.copytree(clips.root, tmp_path / "clips")
+    bad = [clips.select("train", "muted")[0], clips.select("plan", "factual")[0], clips.select("test", "factual")[1]]
+    for clip in bad:
+        (root / clip.file).write_bytes((root / clip.file).read_bytes()[:1500])
+    save_clips(root, clips.clips, clips.grids, {k: v for k, v in clips.manifest.items() if k != "config"})
+    mine = [*arguments, "--data.clips", str(root), "--diagnosis.plan.factual", "None", "--diagnosis.test.factual", "None"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop, "diagnose", None)
+        assert main(mine) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and "3 of " in line and all(clip.file in line for clip in bad)
+
+
+def test_a_training_clip_that_is_left_out_keeps_what_was_measured(arguments, clips, tmp_path, capsys, monkeypatch):
+    root = shutil.copytree(clips.root, tmp_path / "clips")
+    save_clips(root, clips.clips, clips.grids, {k: v for k, v in clips.manifest.items() if k != "config"})
+    mine = [*arguments, "--data.clips", str(root)]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.loop, "train", interrupted)
+        main(mine)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "run" / "findings").iterdir()}
+    assert sorted(found) == ["before.json", "plan.json", "selection.json"]
+    leave_out(load_clips(root), [clips.select("train", "muted")[0].id])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.loop, "train", interrupted)
+        patch.setattr(train.loop, "diagnose", None)
+        main(mine)
+    leave_out(load_clips(root), [clips.select("selection", "factual")[0].id])
+    assert main(mine) == 1
+    assert "selection.json was measured on other clips of the selection split" in capsys.readouterr().err
+
+
+def test_a_folder_of_videos_is_not_built_over(arguments, clips, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    shutil.copy(clips.path(clips.clips[0]), folder / "mine.mp4")
+    assert main([*arguments, "--data.clips", str(folder)]) == 2
+    assert "is a folder of 1 media files, no clip folder" in capsys.readouterr().err and (folder / "mine.mp4").is_file()
 
 
 def test_flags_that_do_not_go_together_are_refused(arguments, capsys):

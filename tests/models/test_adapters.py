@@ -1,0 +1,181 @@
+"""Adapters that others made: what fits this model is loaded and computes what it computed there; what does not is refused in one true sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+from data.questions import question
+from models import ModelError, load_model
+
+NAMES = r".*language_model\.layers\.\d+\.self_attn\.(q|v)_proj"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def made(base, folder, config):
+    """An adapter with random weights, as stock PEFT saves it on the stock thinker; and the thinker that has it."""
+    torch.manual_seed(0)
+    model = get_peft_model(Thinker.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def renamed(adapter, folder, change, settings=None):
+    """A copy with other names of the weights, and other settings."""
+    shutil.copytree(adapter, folder)
+    save_file({change(name): weight for name, weight in load_file(adapter / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
+    said = json.loads((adapter / "adapter_config.json").read_text()) | (settings or {})
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def logits(base, media, adapter=None):
+    model = load_model(base, adapter)
+    suffix = model.suffix(question("hear"), "I hear a dog.")
+    return model.extend(model.prefill([media[0]]), [0], [suffix]).logits
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_folder, tmp_path_factory):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=NAMES, rank_pattern={r"layers\.1\.self_attn\.q_proj": 2}, alpha_pattern={"v_proj": 3})
+    return made(tiny_folder, tmp_path_factory.mktemp("adapters") / "lora", config)
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny_folder, lora, media):
+    plain, found = logits(tiny_folder, media), logits(tiny_folder, media, lora)
+    assert (found - plain).abs().max() > 0.01  # or nothing below would mean anything
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "said"),
+    [
+        # ms-swift trains the full Omni model, whose thinker is one level down, and gives a pattern for its names
+        (
+            lambda n: n.replace("base_model.model.", "base_model.model.thinker.").replace("language_model.", ""),
+            {"target_modules": r"^(thinker\.model(?=\.).*\.(q_proj|v_proj))$"},
+            "thinker.model -> model.language_model",
+        ),
+        (lambda n: n.replace("model.language_model.", "model."), {"target_modules": ["q_proj", "v_proj"]}, "model -> model.language_model"),
+        (lambda n: n.replace("base_model.model.model.language_model.", "base_model.model.language_model.model."), None, "language_model.model -> "),
+        (lambda n: n.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."), None, "names of another trainer"),
+        (lambda n: n.removeprefix("base_model.model."), None, "names of another trainer"),
+        (lambda n: n.replace("base_model.model.", "base_model.model.module._orig_mod."), None, "module._orig_mod -> (nothing)"),
+    ],
+)
+def test_other_names_are_mapped_and_said(tiny_folder, lora, wanted, media, tmp_path, capsys, change, settings, said):
+    found = logits(tiny_folder, media, renamed(lora, tmp_path / "other", change, settings))
+    assert torch.equal(found, wanted)
+    assert said in capsys.readouterr().err
+
+
+def test_own_names_are_not_spoken_of(tiny_folder, lora, capsys):
+    load_model(tiny_folder, lora)
+    assert "names of another trainer" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=NAMES, use_dora=True),
+        LoraConfig(r=4, target_modules=NAMES, lora_bias=True),
+        LoraConfig(r=4, target_modules=NAMES, modules_to_save=["language_model.norm"]),
+        LoraConfig(r=4, target_modules=NAMES, use_rslora=True, task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    ],
+)
+def test_every_form_of_lora_loads_with_either_names(tiny_folder, media, tmp_path, config):
+    """What stock PEFT makes of the file on the stock thinker, is what it is here, under PEFT's names and under those of the full model."""
+    adapter = made(tiny_folder, tmp_path / "own", config)
+    plain, found = logits(tiny_folder, media), logits(tiny_folder, media, adapter)
+    assert (found - plain).abs().max() > 0.01
+    full = renamed(adapter, tmp_path / "full", lambda n: n.replace("base_model.model.", "base_model.model.thinker."))
+    assert torch.equal(logits(tiny_folder, media, full), found)
+    stock = load_model(tiny_folder)
+    from peft import PeftModel
+
+    stock.thinker = PeftModel.from_pretrained(stock.thinker, str(adapter))
+    suffix = stock.suffix(question("hear"), "I hear a dog.")
+    assert torch.equal(stock.extend(stock.prefill([media[0]]), [0], [suffix]).logits, found)
+
+
+def refusal(base, adapter) -> str:
+    with pytest.raises(ModelError) as stopped:
+        load_model(base, adapter)
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 200, 5000])
+def test_a_file_that_is_cut_short_is_called_damaged(tiny_folder, lora, tmp_path, size):
+    shutil.copytree(lora, tmp_path / "cut")
+    (tmp_path / "cut" / WEIGHTS).write_bytes((lora / WEIGHTS).read_bytes()[:size])
+    said = refusal(tiny_folder, tmp_path / "cut")
+    assert f"{WEIGHTS} is damaged" in said and "Copy the adapter again" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff"])
+def test_a_damaged_configuration_is_called_damaged(tiny_folder, lora, tmp_path, text):
+    shutil.copytree(lora, tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    said = refusal(tiny_folder, tmp_path / "cut")
+    assert "adapter_config.json" in said and "Copy the adapter again" in said and "another model" not in said
+
+
+def test_numbers_that_are_none_are_said_when_it_is_loaded(tiny_folder, lora, tmp_path):
+    shutil.copytree(lora, tmp_path / "nan")
+    weights = load_file(lora / WEIGHTS)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, tmp_path / "nan" / WEIGHTS, {"format": "pt"})
+    said = refusal(tiny_folder, tmp_path / "nan")
+    assert f"{tmp_path / 'nan' / WEIGHTS} holds numbers that are not finite" in said and name in said
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(IA3Config(target_modules=NAMES, feedforward_modules=[]), "IA3"), (PrefixTuningConfig(num_virtual_tokens=2), "PREFIX_TUNING")],
+)
+def test_other_methods_are_named(tiny_folder, lora, tmp_path, config, kind):
+    folder = tmp_path / "other"
+    shutil.copytree(lora, folder)
+    config.save_pretrained(folder)
+    said = refusal(tiny_folder, folder)
+    assert f"is an adapter of the kind {kind}" in said and "only LoRA" in said and "another model" not in said
+
+
+def test_a_pickle_is_not_read_and_how_to_convert_it_is_said(tiny_folder, lora, wanted, media, tmp_path, monkeypatch):
+    folder = shutil.copytree(lora, tmp_path / "pickle")
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    said = refusal(tiny_folder, folder)
+    assert "is a pickle" in said
+    code = said.split('python -c "')[1].rstrip('"')
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    assert torch.equal(logits(tiny_folder, media, folder), wanted)
+
+
+def test_what_was_made_for_another_model_is_said_to_be(tiny_folder, lora, tmp_path):
+    talker = renamed(lora, tmp_path / "talker", lambda n: n.replace("base_model.model.model.language_model", "base_model.model.talker.model"))
+    said = refusal(tiny_folder, talker)
+    assert "made for another model" in said and "talker, which is not loaded here" in said
+    deeper = renamed(lora, tmp_path / "deeper", lambda n: n.replace("layers.2.", "layers.20."))
+    assert "made for another model" in refusal(tiny_folder, deeper)
+    weights = {name: weight[:, : weight.shape[1] // 2].contiguous() for name, weight in load_file(lora / WEIGHTS).items()}
+    shutil.copytree(lora, tmp_path / "narrow")
+    save_file(weights, tmp_path / "narrow" / WEIGHTS, {"format": "pt"})
+    said = refusal(tiny_folder, tmp_path / "narrow")
+    assert "made for another model" in said and "size mismatch" in said and "\n" not in said
+
+
+def test_the_folder_above_an_adapter_names_the_one_below(tiny_folder, lora):
+    assert f"There is one in {lora}" in refusal(tiny_folder, lora.parent)
