@@ -192,11 +192,13 @@ def test_logits_that_are_no_numbers_end_the_run(model_folder, clips, tmp_path, c
 
 
 def test_warnings_of_libraries_are_not_shown_and_ours_are(tmp_path):
-    code = (
-        "import sys, warnings, types; from analysis.__main__ import main; main(['compare', 'a', 'b']);"
-        "exec(compile('import warnings; warnings.warn('theirs', FutureWarning)', 'x', 'exec'), {'__name__': 'some.library'});"
-        "exec(compile('import warnings; warnings.warn('of us', FutureWarning)', 'x', 'exec'), {'__name__': 'models.load'})"
-    )
+    code = """
+import warnings
+from analysis.__main__ import main
+main(["compare", "a", "b"])
+warnings.warn_explicit("theirs", FutureWarning, "x.py", 1, module="some.library")
+warnings.warn_explicit("of us", FutureWarning, "x.py", 1, module="models.load")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "of us" in done.stderr and "theirs" not in done.stderr
 
