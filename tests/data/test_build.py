@@ -153,8 +153,8 @@ from data.render import RenderSettings
 if sys.argv[1] == "dirty":  # memory that is handed out again with other content than zeros
     kept = [np.full(n, 254, np.uint8) for n in (1 << k for k in range(4, 24)) for _ in range(20)]
     del kept
-one, none = PerSplit(1, 1, 1, 1, 1), PerSplit(0, 0, 0, 0, 0)
-config = DataConfig(one, one, none, classes=("dog", "cow", "car", "bell"), render=RenderSettings(seconds=1.0))
+two, one, none = PerSplit(2, 0, 0, 0, 0), PerSplit(1, 0, 0, 0, 0), PerSplit(0, 0, 0, 0, 0)
+config = DataConfig(two, one, none, classes=("dog", "cow", "car", "bell"), render=RenderSettings(seconds=1.0))
 print(build(config, sys.argv[2], progress=False).data_hash)
 """
 
