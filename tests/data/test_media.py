@@ -657,3 +657,37 @@ def test_frames_are_reduced_one_by_one(one: Path) -> None:
 
     assert np.array_equal(read_video(one, 8, half), read_video(one, 8)[:, :, ::2, ::2])
     assert shapes == [(1, 3, 64, 64)] * 8  # each picture once, though shown twice
+
+
+def coded_pictures(path: Path, codec: str, times: Sequence[float], options: dict[str, str] | None = None, pix: str = "yuv420p") -> Path:
+    """Pictures of growing brightness at these times, in milliseconds of the file's clock where its container has one."""
+    unit = Fraction(1, 10) if path.suffix == ".avi" else Fraction(1, 1000)
+    with av.open(str(path), "w") as out:
+        video = out.add_stream(codec, rate=10, options=options or {})
+        video.width, video.height, video.pix_fmt, video.bit_rate = 64, 64, pix, 800_000
+        video.codec_context.time_base = unit
+        for shade, at in zip(np.linspace(20, 220, len(times)).round(), times, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), shade, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(at / unit), unit
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(("codec", "options"), [("mpeg4", {"bf": "0"}), ("mpeg4", {"bf": "2"}), ("libx264", {"x264-params": "bframes=3:b-adapt=0"})])
+def test_avi(codec: str, options: dict[str, str], one: Path, tmp_path: Path) -> None:
+    """No presentation times in the file; 40 pictures at 10 a second, every fifth is asked for."""
+    path = coded_pictures(tmp_path / "x.avi", codec, [i / 10 for i in range(40)], options)
+    wanted = np.linspace(20, 220, 40).round()[::5]
+    mux(path, one, tmp_path / "out.mp4")
+    for file in (path, tmp_path / "out.mp4"):
+        assert np.abs(read_video(file, 2).mean((1, 2, 3)) - wanted).max() < 4  # one picture is 5
+
+
+def test_variable_frame_rate_and_other_codecs(tmp_path: Path) -> None:
+    times = [0.0, 0.1, 0.2, 0.9, 1.0, 2.5, 2.6, 3.7]
+    shades = np.linspace(20, 220, 8).round()
+    for name, codec, pix in (("a.mp4", "libx264", "yuv420p"), ("b.mkv", "libx264", "yuv420p10le"), ("c.webm", "libvpx-vp9", "yuv420p")):
+        got = read_video(coded_pictures(tmp_path / name, codec, times, pix=pix), 2).mean((1, 2, 3))
+        # At 0, 0.5, 1, ... seconds the last that began: numbers 0, 2, 4, 4, 4, 5, 6, 6 of them.
+        assert np.abs(got[:8] - shades[[0, 2, 4, 4, 4, 5, 6, 6]]).max() < 5, name

@@ -86,3 +86,14 @@ def test_features_do_not_depend_on_what_else_is_read(tiny_folder, tmp_path: Path
     mux(tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "swap.mp4")
     swap = one.media(clip(tmp_path, "swap"), tmp_path)
     assert swap.video is one.media(clips[0], tmp_path).video and swap.audio is one.media(clips[1], tmp_path).audio
+
+
+@pytest.mark.parametrize("seconds", [3, 10])
+def test_pictures_and_sound_run_beside_each_other(tiny_folder, tmp_path: Path, seconds: int) -> None:
+    """25 positions a second for both, whatever the rate at which pictures are sampled."""
+    write_mp4(tmp_path / "x.mp4", noise(4 * seconds), 4, np.sin(np.arange(16_000 * seconds) / 5).astype(np.float32))
+    model = load_model(tiny_folder)
+    layout = model.layout(model.media(clip(tmp_path, "x"), tmp_path))
+    sound, picture = (layout.positions[0][layout.ids == token] for token in (model.audio_id, model.video_id))
+    assert len(sound) == int(sound.max() - sound.min()) + 1 == 25 * seconds
+    assert int(picture.max() - picture.min()) + 1 == pytest.approx(25 * seconds, abs=30)  # its last pair begins a second before the end
