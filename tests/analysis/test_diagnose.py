@@ -47,8 +47,8 @@ def test_everything_asked_for_is_there(findings, model, clips):
         assert f.trained == left, (f.condition, f.question)
     assert [(r.question, r.shortcut.n) for r in findings.reliance] == [("hear", 4), ("see", 4)]
     assert len(findings.flow) == 2 * 3 * 2 and {f.mass["video"][0].n for f in findings.flow} == {12, 6}
-    assert len(findings.lens) == 6 and all(len(x.hit) == 4 and x.hit[0].n == 12 for x in findings.lens)
-    assert len(findings.probes) == 6 and all(len(p.accuracy) == 4 and p.random_weights is not None for p in findings.probes)
+    assert len(findings.lens) == 8 and all(len(x.hit) == 4 and x.hit[0].n == 12 for x in findings.lens)
+    assert len(findings.probes) == 8 and all(len(p.accuracy) == 4 and p.random_weights is not None for p in findings.probes)
     assert findings.latent is not None
     assert {(s.condition, s.tokens) for s in findings.shift} == {
         (c, t) for c in ("factual", "counterfactual") for t in ("all", "audio_event", "visual", "rest", "first_event")
