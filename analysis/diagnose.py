@@ -436,8 +436,9 @@ def wordings_hash(clips: Clips) -> str:
 def cut_off_sentences(findings: Findings, limits: Mapping[str, int]) -> list[str]:
     """A warning for each question of whose answers more than MANY_CUT_OFF ended at the token limit. `limits`: question -> tokens."""
     ended: dict[str, list[bool]] = {}
-    for said in [*findings.samples, *(c for c in findings.captions if c.modality == "both")]:
-        ended.setdefault(said.modality, []).append(said.cut_off)
+    answers = [(s.modality, s.cut_off) for s in findings.samples] + [(c.modality, c.cut_off) for c in findings.captions if c.modality == "both"]
+    for modality, cut_off in answers:
+        ended.setdefault(modality, []).append(cut_off)
     return [
         f"{100 * sum(cut) / len(cut):.0f} % of the answers to “{question(modality)}” ended at the limit of {limits[modality]} tokens "  # type: ignore[arg-type]
         "before the model was done, so what it would have named after that counts as not named: raise max_new_tokens "

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from analysis.compare import compare
-from analysis.diagnose import DiagnoseSettings, SettingsError, choose, diagnose
-from analysis.findings import Findings
+from analysis.diagnose import DiagnoseSettings, SettingsError, choose, cut_off_sentences, diagnose
+from analysis.findings import Findings, Sample
 from data.clips import DataError
 from data.questions import question
 from models import SITES, load_model
@@ -218,3 +218,14 @@ def test_captions_under_cuts_are_those_of_clips_that_did_not_choose_them(finding
             mine = [c for c in under if (c.condition, c.modality, c.cut) == (row.condition, row.question, row.cut) and c.scores[0].parsed]
             changes = [c.scores[0].audio - plain[c.clip] for c in mine if plain[c.clip] is not None]
             assert row.audio_change.value == pytest.approx(sum(changes) / len(changes)) and row.audio_change.n == len(changes)
+
+
+def test_findings_warn_where_many_answers_ended_at_the_limit():
+    """Of 20 answers to a question 2 are more than 5 %, 1 is not; the sentence says which question, how many, the limit and what to raise."""
+
+    def said(i, modality, cut_off):
+        return Sample(f"c{i}", "f", "factual", "a dog", "a dog barking", "?", modality, "", "unparsed", "p", "s", cut_off)
+
+    made = Findings("m", None, None, "test", "h", 2, {}, samples=[said(i, m, i < n) for m, n in (("hear", 2), ("see", 1)) for i in range(20)])
+    (sentence,) = cut_off_sentences(made, {"hear": 24, "see": 24, "both": 48})
+    assert sentence.startswith("10 % of the answers to “What do you hear?” ended at the limit of 24 tokens") and "--max-new-tokens" in sentence
