@@ -70,10 +70,10 @@ class CaptionTally(Tally):
                 for modality in self.modalities:
                     answers[modality, media_cut] = _greedy(visit, prefix, count, modality, given)
         ordered, cut_off = [], []
-        for given_cut in cuts:
+        for under in cuts:
             for modality in self.modalities:
-                said, limit = answers[modality, given_cut], asked_about(subject, modality)
-                ordered.append([modality, given_cut.text if given_cut else None, [subject.text(i) for i in said]])
+                said, limit = answers[modality, under], asked_about(subject, modality)
+                ordered.append([modality, under.text if under else None, [subject.text(i) for i in said]])
                 cut_off.append([limit.cut_off(i) for i in said])
         return {"video": visit.video, "audio": visit.audio, "answers": ordered, "cut_off": cut_off}
 

@@ -523,8 +523,8 @@ def wordings_hash(clips: Clips) -> str:
 def cut_off_sentences(findings: Findings, limits: Mapping[str, int]) -> list[str]:
     """A warning for each question of whose answers more than MANY_CUT_OFF ended at the token limit. `limits`: question -> tokens."""
     ended: dict[str, list[bool]] = {}
-    both = [c for c in findings.captions if c.modality == "both"]
-    for modality, cut_off in [*((s.modality, s.cut_off) for s in findings.samples), *((c.modality, c.cut_off) for c in both)]:
+    answers = [(s.modality, s.cut_off) for s in findings.samples] + [(c.modality, c.cut_off) for c in findings.captions if c.modality == "both"]
+    for modality, cut_off in answers:
         ended.setdefault(modality, []).append(cut_off)
     return [
         f"{100 * sum(cut) / len(cut):.0f} % of the answers to “{question(modality)}” ended at the limit of {limits[modality]} tokens "  # type: ignore[arg-type]

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from analysis.compare import compare
-from analysis.diagnose import DiagnoseSettings, SettingsError, choose, diagnose
-from analysis.findings import Findings
+from analysis.diagnose import DiagnoseSettings, SettingsError, choose, cut_off_sentences, diagnose
+from analysis.findings import Findings, Sample
 from data.clips import DataError
 from data.questions import question
 from models import SITES, load_model
@@ -308,3 +308,14 @@ def test_disjoint_sources_and_no_train_split_are_said(model, clips):
     [first, last] = diagnose(model, tested, few, "test", progress=False).trained_on()
     assert first.startswith("Test split: 0 of ")
     assert last == "The clip folder has no train split, so whether its sources were trained on is not known."
+
+
+def test_findings_warn_where_many_answers_ended_at_the_limit():
+    """Of 20 answers to a question 2 are more than 5 %, 1 is not; the sentence says which question, how many, the limit and what to raise."""
+
+    def said(i, modality, cut_off):
+        return Sample(f"c{i}", "f", "factual", "a dog", "a dog barking", "?", modality, "", "unparsed", "p", "s", cut_off)
+
+    made = Findings("m", None, None, "test", "h", 2, {}, samples=[said(i, m, i < n) for m, n in (("hear", 2), ("see", 1)) for i in range(20)])
+    (sentence,) = cut_off_sentences(made, {"hear": 24, "see": 24, "both": 48})
+    assert sentence.startswith("10 % of the answers to “What do you hear?” ended at the limit of 24 tokens") and "--max-new-tokens" in sentence
