@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.events import event_words, named
+from analysis.events import event_words
 from analysis.findings import Latent, Lens, Probe, Readout
 from analysis.items import ItemStore, Key, latent_item, lens_item, probe_item
 from analysis.statistics import corrected
@@ -163,8 +163,9 @@ class LensTally(Tally):
             hits = [lens_hits(self.read, layer, x, mask, self.table, self.k) for layer, x in enumerate(states)]
             for label in LABELS:
                 record[f"{position} {label}"] = np.stack([h[label] for h in hits], axis=1)
-        phrases = visit.subject.phrases["hear"]
-        record["said"] = [clip.audio_label in named(answer, phrases) for clip, answer in zip(visit.clips, visit.answers("hear"), strict=True)]
+        reader, answers = visit.subject.reader, visit.answers("hear")
+        said = [reader.names(answer, "hear") for answer in answers]
+        record["said"] = [any(clip.audio_label in event for event in events) for clip, events in zip(visit.clips, said, strict=True)]
         return record
 
     def take(self, clips: Sequence[Clip], condition: str, record: Record) -> None:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from analysis.compare import compare
 from analysis.diagnose import DiagnoseSettings, SettingsError, check_sites, diagnose, used
+from analysis.events import require_readable
 from analysis.findings import Findings, FindingsError
 from analysis.report import write_report
 from analysis.tables import comparison_tables
@@ -131,6 +132,7 @@ def run(config: Config) -> Path:
     with accelerator.main_process_first():
         open_folder(folder, config, main_process)
         clips = open_clips(config)
+    require_readable(clips)
     check_settings(config, clips, accelerator.num_processes)
 
     model = load_model(config.model.path, device=accelerator.device, dtype=getattr(torch, config.model.dtype))

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from analysis.events import VERDICTS, follows, is_correct, phrases_of
+from analysis.events import VERDICTS, Reader, follows, is_correct
 
 DESCRIPTION = """\
 Shares of answers that name only the heard event (`audio`), only the seen one (`vision`), `both`, another known event (`neither`), none because there
@@ -37,9 +37,10 @@ class FollowingMetric(evaluate.Metric):
     def _compute(self, predictions, video_labels, audio_labels, labels, modality):
         if modality not in ("hear", "see"):
             raise ValueError(f'modality has to be "hear" or "see", not {modality!r}.')
-        phrases = phrases_of({name: (seen, heard) for name, seen, heard in labels}, modality)
-        if strange := sorted({*video_labels, *audio_labels} - {*phrases, ""}):
+        known = {name: (seen, heard) for name, seen, heard in labels}
+        if strange := sorted({*video_labels, *audio_labels} - {*known, ""}):
             raise ValueError(f"{strange[0]!r} is a class of a clip, but not among the labels.")
-        said = [follows(*row, modality, phrases) for row in zip(predictions, video_labels, audio_labels, strict=True)]
+        reader = Reader(known)
+        said = [follows(*row, modality, reader) for row in zip(predictions, video_labels, audio_labels, strict=True)]
         right = [is_correct(v, modality, *given) for v, *given in zip(said, video_labels, audio_labels, strict=True)]
         return {**{v: said.count(v) / len(said) for v in VERDICTS}, "correct": sum(right) / len(said), "n": len(said)}
