@@ -243,7 +243,11 @@ def _settings(ends: list[Named]) -> list[tuple[str, list[str]]]:
     """What moves scores: one row a setting; one column where all findings agree, else one each."""
     tables = []
     for _, f in ends:
-        rows = {"model": f.model, "adapter": f.adapter or "none", "base for the token shift": f.base or "none (proxy: the model without its audio and its adapter)"}
+        rows = {
+            "model": f.model,
+            "adapter": f.adapter or "none",
+            "base for the token shift": f.base or "none (proxy: the model without its audio and its adapter)",
+        }
         rows |= {"split": f.split, "hash of the clips": f.data_hash, "decoder layers": str(f.n_layers), "format of the findings": str(f.format)}
         tables.append(rows | dict(_flat(f.settings)))
     keys = dict.fromkeys(key for rows in tables for key in rows)
