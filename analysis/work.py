@@ -39,8 +39,6 @@ class Work:
         self.processes = processes
         self.rank: int = processes.process_index if processes else 0
         self.world: int = processes.num_processes if processes else 1
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
     def mine(self, n: int) -> range:
         """Which of n jobs this process makes."""
@@ -90,6 +88,7 @@ class Work:
                     values[name][field] = value
         partial = file.with_suffix(".partial")
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             save_file(arrays, partial, {"key": self.key, "values": json.dumps(values)})
             partial.replace(file)
         except (OSError, SafetensorError) as error:
