@@ -286,7 +286,8 @@ class _Check:
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """How far rows (n, V) are from those they should be: the root mean square over V of the worst row, relative to the largest of all."""
     a, b = ours.double(), theirs.double()
-    return float((a - b).pow(2).mean(-1).sqrt().max() / b.abs().max())
+    off = float((a - b).pow(2).mean(-1).sqrt().max())
+    return off / float(b.abs().max()) if off else 0.0  # also where both are nothing but zeros
 
 
 def shortened(model: AVLLM, media: Media, tokens: int) -> Media:
