@@ -204,10 +204,10 @@ def test_disk_too_small_is_said_before_starting(tmp_path: Path) -> None:
 
 
 def test_disk_full_on_the_way(tmp_path: Path) -> None:
-    """No file may grow beyond 6 kB: some media cannot be written. One sentence, exit code 1, nothing left."""
+    """No file may grow beyond 6 kB: some media cannot be written. One sentence, exit code 2, nothing left."""
     limited = ["bash", "-c", 'ulimit -f 6; exec "$@"', "limited", *command(tmp_path / "x")]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error:" in done.stderr and "cannot be written (File too large). Free some space" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
@@ -225,7 +225,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert not out.exists() and partial.exists()
     with pytest.raises(DataError, match="does not exist"):
         load_clips(out)
-    with pytest.raises(DataError, match="not whole"):
+    with pytest.raises(DataError, match="media files, no clip folder"):
         load_clips(partial)
     done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, check=True)
     assert "factual" in done.stdout and not partial.exists()
