@@ -39,6 +39,9 @@ AUDIO_BIT_RATE = 64_000
 # memory that nobody wrote at most frame widths, so that bytes depended on what the process had done before.
 X264 = {"crf": "20", "preset": "veryfast", "x264-params": "threads=1:bframes=0:scenecut=0:cpu-independent=1", "threads": "1"}
 MP4 = {"fflags": "+bitexact"}
+# A copy writes its edit lists on a clock that divides the usual sample rates and frame rates: on the default one, milliseconds, every copy of
+# a copy moved its picture.
+COPY = {**MP4, "movie_timescale": "480000"}
 APART = 0.04  # seconds by which a time stamp must be off before samples are moved: a token of sound; less is jitter of the stamps
 PAUSE = 10  # seconds in which neither stream has anything: FFmpeg's own threshold for a clock that was set anew
 PRIMING = 0.1  # seconds by which pictures come late in many files, since the sound's encoder puts silence before it
@@ -533,7 +536,7 @@ def mux(video_from: Path | str, audio_from: Path | str, out: Path | str) -> tupl
             audio = _audio_stream(audio_from, heard, sounds)
             audio_packets = _packets(audio_from, sounds, audio, heard.zero)
             try:
-                with av.open(buffer, "w", format="mp4", options=MP4) as container:
+                with av.open(buffer, "w", format="mp4", options=COPY) as container:
                     targets = [_copied(container, path, stream) for path, stream in ((video_from, video), (audio_from, audio))]
                     for packets, target in zip((video_packets, audio_packets), targets, strict=True):
                         for packet in packets:

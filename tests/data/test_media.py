@@ -691,3 +691,38 @@ def test_variable_frame_rate_and_other_codecs(tmp_path: Path) -> None:
         got = read_video(coded_pictures(tmp_path / name, codec, times, pix=pix), 2).mean((1, 2, 3))
         # At 0, 0.5, 1, ... seconds the last that began: numbers 0, 2, 4, 4, 4, 5, 6, 6 of them.
         assert np.abs(got[:8] - shades[[0, 2, 4, 4, 4, 5, 6, 6]]).max() < 5, name
+
+
+def ticking(path: Path, rate: Fraction, late: Fraction, hertz: int, b_frames: int = 0, sound_late: Fraction = Fraction(0)) -> None:
+    """Two seconds at `rate` pictures a second whose first comes `late` seconds after zero, sound at `hertz` that comes `sound_late` after it."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=rate, options={"x264-params": f"bframes={b_frames}:b-adapt=0"})
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        video.codec_context.time_base = Fraction(1, 90_000)
+        audio = container.add_stream("aac", rate=hertz, layout="mono")
+        for i, image in enumerate(picture(round(2 * rate))):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round((late + i / rate) * 90_000), Fraction(1, 90_000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        wave = np.interp(np.arange(2 * hertz) / hertz, np.arange(2 * RATE) / RATE, tone()).astype(np.float32)
+        sound = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts, sound.time_base = hertz, round(sound_late * hertz), Fraction(1, hertz)
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("rate", "late", "hertz"),
+    [(Fraction(25), Fraction(6299, 100_000), 44_100), (Fraction(30_000, 1001), Fraction(1, 90_000), 16_000), (Fraction(24), Fraction(1, 7), 22_050)],
+)
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_a_copy_is_copied_exactly(rate: Fraction, late: Fraction, hertz: int, b_frames: int, tmp_path: Path) -> None:
+    """Copies of copies keep every packet's time: what `mux` returns for the first is what every later one has."""
+    ticking(tmp_path / "0.mp4", rate, late, hertz, b_frames)
+    chain = [mux(tmp_path / f"{i}.mp4", tmp_path / f"{i}.mp4", tmp_path / f"{i + 1}.mp4") for i in range(4)]
+    assert len(set(chain)) == 1
+    for kind in ("video", "audio"):
+        copies = [packets(tmp_path / f"{i}.mp4", kind) for i in range(1, 5)]
+        assert all(copy == copies[0] for copy in copies)
