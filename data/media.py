@@ -42,6 +42,9 @@ MP4 = {"fflags": "+bitexact"}
 # A copy writes its edit lists on a clock that divides the usual sample rates and frame rates: on the default one, milliseconds, every copy of
 # a copy moved its picture.
 COPY = {**MP4, "movie_timescale": "480000"}
+# What `mux` writes into its files. In a swap neither stream may begin at 0 (a picture that comes late with a sound that comes late): there the
+# first of both is not where the clip begins.
+FROM_ZERO = "times count from zero"
 APART = 0.04  # seconds by which a time stamp must be off before samples are moved: a token of sound; less is jitter of the stamps
 PAUSE = 10  # seconds in which neither stream has anything: FFmpeg's own threshold for a clock that was set anew
 PRIMING = 0.1  # seconds by which pictures come late in many files, since the sound's encoder puts silence before it
@@ -144,10 +147,14 @@ class _Tracks:
 
     video: _Stream | None
     audio: _Stream | None
+    from_zero: bool = False
+    """A file of `mux`, whose times are those of the clips that it was made of."""
 
     @property
     def zero(self) -> Fraction:
-        """When a player begins: with the first of both."""
+        """When a player begins: with the first of both, but for files of `mux`."""
+        if self.from_zero:
+            return Fraction(0)
         return min((s.starts for s in (self.video, self.audio) if s), default=Fraction(0))
 
     @property
@@ -188,7 +195,7 @@ def _tracks(path: Path | str, container: Any) -> _Tracks:
         for c, d in audio.gaps if audio else ():
             if min(b, d) - max(a, c) > PAUSE:
                 raise MediaError(f"{path}: nothing is shown or heard for {float(min(b, d) - max(a, c)):.0f} s: its clock was set anew. {CONVERT}")
-    return _Tracks(video, audio)
+    return _Tracks(video, audio, "mp4" in container.format.name and container.metadata.get("comment") == FROM_ZERO)
 
 
 def _scan(path: Path | str) -> _Tracks:
@@ -537,6 +544,7 @@ def mux(video_from: Path | str, audio_from: Path | str, out: Path | str) -> tupl
             audio_packets = _packets(audio_from, sounds, audio, heard.zero)
             try:
                 with av.open(buffer, "w", format="mp4", options=COPY) as container:
+                    container.metadata["comment"] = FROM_ZERO
                     targets = [_copied(container, path, stream) for path, stream in ((video_from, video), (audio_from, audio))]
                     for packets, target in zip((video_packets, audio_packets), targets, strict=True):
                         for packet in packets:
