@@ -210,7 +210,7 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}). Mend the line or build the folder again.") from error
         if not isinstance(values, dict):
             raise DataError(f"{where} is not a JSON object with the fields {', '.join(kinds)}.")
@@ -221,9 +221,11 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
         for key, (kind, words) in kinds.items():
             value = values[key]
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                values[key] = value = float(value)
+                values[key] = value = float(value) if abs(value) < 1 << 53 else float("inf")  # which no field may be
             if not isinstance(value, kind):
                 raise DataError(f'{where}: "{key}" is {value!r}, but must be a {"number" if kind is float else "string"}. Correct it.')
+            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise DataError(f'{where}: "{key}" is {value!r}, half of a character. Correct it.')
             if words and value not in words:
                 raise DataError(f'{where}: unknown {key} "{value}". Use one of {", ".join(words)}.')
         row = cls(**values)
@@ -282,7 +284,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not path.parent.is_dir():
             raise DataError(f"{path.parent} does not exist. Build it with `python -m data --out {path.parent}`.") from error
         raise DataError(f"{path.parent} is not whole: it has no manifest.json, which is written last. Build it again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}). Build the folder again.") from error
     if not isinstance(manifest, dict):
         raise DataError(f"{path} is not a JSON object. Build the folder again.")
@@ -297,7 +299,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if len({row[0] for row in labels}) < len(labels):
         raise DataError(f'{path} names a label twice in "labels". Give each class one line.')
     _check_synonyms(path, manifest)
+    sizes, pairs = manifest.get("files", {}), manifest.get("pairs", {})
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        raise DataError(f'{path}: "files" has to be an object, {{file: its size in bytes}}. Correct it or leave it out.')
+    if not isinstance(pairs, dict) or not all(isinstance(part, list) and all(_is_pair(p) for p in part) for part in pairs.values()):
+        raise DataError(f'{path}: "pairs" has to be an object, {{split: [[label, label], ...]}}. Correct it or leave it out.')
     return manifest
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
 def _check_synonyms(path: Path, manifest: dict[str, Any]) -> None:
@@ -332,9 +343,11 @@ def _check_clips(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> Non
                 )
             if label and label not in labels:
                 raise DataError(f'{table}: clip "{clip.id}" has the unknown label "{label}". Add it to "labels" in {root / "manifest.json"}.')
+        if not clip.file or Path(clip.file).is_absolute() or ".." in Path(clip.file).parts:
+            raise DataError(f'{table}: the file "{clip.file}" of clip "{clip.id}" is not a path below the clip folder. Put it under media/.')
         try:
             size = (root / clip.file).stat().st_size
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise DataError(f'{root / clip.file}, the file of clip "{clip.id}", does not exist. Restore it or build the folder again.') from error
         if sizes.get(clip.file, size) != size:
             raise DataError(f"{root / clip.file} has {size} bytes, not the {sizes[clip.file]} it was written with. Build the folder again.")
