@@ -64,6 +64,8 @@ class Check:
 
     def run(self) -> int:
         """Check; a table of what is bad."""
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"workers is {self.workers}. Set it to 1 or more.")
         clips = load_clips(self.folder)
         if self.leave_out:
             clips = leave_out(clips, self.leave_out)
@@ -92,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tyro.cli(Arguments, prog="python -m data", args=given).run()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be read or written ({error.strerror or error}). Mend that, then run again.", file=sys.stderr)
         return 2
 
 

@@ -168,23 +168,29 @@ def _tables_hash(clips: str, grids: str) -> str:
 
 
 def save_clips(folder: Path | str, clips: Iterable[Clip], grids: Iterable[Grid], manifest: dict[str, Any]) -> None:
-    """Write clips.jsonl, grids.jsonl and, last, manifest.json into a folder whose media are already there.
+    """Write clips.jsonl, grids.jsonl and, last, manifest.json into a folder whose media are already there; tables that it has are replaced
+    once all three are on the disk, and stay as they are where that fails.
 
     `manifest` needs "labels" ([[name, seen, heard], ...]) and may have "synonyms"; version, file sizes and the data hash are filled in. Raises
     DataError if the folder cannot be written, a clip's file is missing or the synonyms are not of the form that `load_clips` reads.
     """
     folder, clips, grids = Path(folder), list(clips), list(grids)
     _check_synonyms(folder / "manifest.json", manifest)
-    whole = folder / "manifest.json"
+    tables = {"clips.jsonl": _jsonl(clips), "grids.jsonl": _jsonl(grids)}
     try:
-        whole.unlink(missing_ok=True)  # until the new one is there, the folder is not whole
-        (folder / "clips.jsonl").write_text(_jsonl(clips), encoding="utf-8")
-        (folder / "grids.jsonl").write_text(_jsonl(grids), encoding="utf-8")
         sizes = {c.file: (folder / c.file).stat().st_size for c in clips}
-        filled = {**manifest, "version": MANIFEST_VERSION, "files": sizes, "data_hash": _tables_hash(_jsonl(clips), _jsonl(grids))}
-        draft = folder / "manifest.json.partial"
-        draft.write_text(json.dumps(filled, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, whole)
+        filled = {**manifest, "version": MANIFEST_VERSION, "files": sizes, "data_hash": _tables_hash(*tables.values())}
+        # What is there stays whole until all that is new is on the disk. The manifest comes last: its hash shows tables that are not its own.
+        texts = {**tables, "manifest.json": json.dumps(filled, indent=1, ensure_ascii=False) + "\n"}
+        try:
+            for name, text in texts.items():
+                (folder / f"{name}.partial").write_text(text, encoding="utf-8")
+            for name in texts:
+                os.replace(folder / f"{name}.partial", folder / name)
+        finally:
+            for name in texts:
+                if (folder / f"{name}.partial").is_file():
+                    (folder / f"{name}.partial").unlink()
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be written or found ({error.strerror}). Mend that, then save again.") from error
 

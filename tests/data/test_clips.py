@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.check import leave_out
 from data.clips import Clip, Clips, DataError, Grid, load_clips, save_clips
 from data.media import stream_hashes
 
@@ -79,7 +81,26 @@ def test_save_and_load_own_folder(small: Clips, tmp_path: Path) -> None:
     assert load_clips(tmp_path).clips == tuple(own) and load_clips(tmp_path).grids == ()
     with pytest.raises(DataError, match=r"nowhere\.mp4 cannot be written or found"):
         save_clips(tmp_path, [replace(own[0], file="media/nowhere.mp4")], [], {"labels": [["dog", "a", "b"]]})
-    assert not (tmp_path / "manifest.json").exists()
+    assert load_clips(tmp_path).clips == tuple(own)
+
+
+def test_a_folder_stays_whole_where_its_tables_cannot_be_written(folder: Path) -> None:
+    """Every table in turn cannot be written: its draft's name is taken by a folder. What somebody wrote by hand is not lost."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({key: manifest[key] for key in ("version", "labels")}))
+    before, texts = load_clips(folder), {path: path.read_bytes() for path in folder.glob("*.json*")}
+    for name in ("clips.jsonl", "grids.jsonl", "manifest.json"):
+        (folder / f"{name}.partial").mkdir()
+        (folder / f"{name}.partial/x").touch()
+        with pytest.raises(DataError, match=rf"{name}\.partial cannot be written"):
+            leave_out(before, [before.clips[-1].id])
+        assert {path: path.read_bytes() for path in folder.glob("*.json*") if path.is_file()} == texts
+        shutil.rmtree(folder / f"{name}.partial")
+    assert len(leave_out(before, [before.clips[-1].id]).clips) == len(before.clips) - 1
+    assert not list(folder.glob("*.partial"))
+    with pytest.raises(DataError, match=r"nowhere\.mp4 cannot be written or found"):
+        save_clips(folder, [replace(before.clips[0], file="nowhere.mp4")], [], before.manifest)
+    assert len(load_clips(folder).clips) == len(before.clips) - 1
 
 
 def swap_grid(folder: Path) -> None:
