@@ -730,3 +730,40 @@ def test_a_copy_is_copied_exactly(rate: Fraction, late: Fraction, hertz: int, so
     for kind in ("video", "audio"):
         copies = [packets(tmp_path / f"{i}.mp4", kind) for i in range(1, 5)]
         assert all(copy == copies[0] for copy in copies)
+
+
+@pytest.mark.parametrize("ending", ["mkv", "webm", "flv"])
+def test_truncated_without_boxes(ending: str, tmp_path: Path) -> None:
+    """Matroska says how long its segment is, flv how long it lasts: what is cut off is missed, and no short clip is made of the rest."""
+    whole = tmp_path / f"whole.{ending}"
+    with av.open(str(whole), "w", format="matroska" if ending == "mkv" else None) as out:
+        video = out.add_stream("libvpx" if ending == "webm" else "libx264", rate=4)
+        audio = out.add_stream("libopus" if ending == "webm" else "aac", rate=48_000 if ending == "webm" else 44_100, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        for i, image in enumerate(picture(16)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 4)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        sound = av.AudioFrame.from_ndarray(tone(4.0)[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts, sound.time_base = RATE, 0, Fraction(1, RATE)
+        for piece in [*av.AudioResampler("fltp", "mono", audio.rate, audio.frame_size or 960).resample(sound), None]:
+            out.mux(audio.encode(piece))
+    assert read_video(whole, 4).shape[0] in (16, 17) and 3.9 < len(read_audio(whole)) / RATE < 4.2
+    for share in (0.3, 0.6, 0.8):
+        (tmp_path / f"cut.{ending}").write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+        for read in (read_audio, lambda p: read_video(p, 4), stream_hashes):
+            with pytest.raises(MediaError, match=rf"cut\.{ending} is (damaged or )?truncated"):
+                read(tmp_path / f"cut.{ending}")
+
+
+def test_a_live_recording_says_no_length(one: Path, tmp_path: Path) -> None:
+    """As a browser's MediaRecorder writes it: a segment of unknown size, no duration."""
+    with av.open(str(one)) as source, av.open(str(tmp_path / "live.mkv"), "w", format="matroska", options={"live": "1"}) as out:
+        targets = {s.index: out.add_stream_from_template(s) for s in source.streams}
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = targets[packet.stream.index]
+                out.mux(packet)
+    assert b"\x18\x53\x80\x67\x01" + b"\xff" * 7 in (tmp_path / "live.mkv").read_bytes()
+    assert read_video(tmp_path / "live.mkv", 4).shape[0] in (8, 9)
