@@ -58,7 +58,8 @@ class Clip:
 
     `*_label` is the class, `seen` / `heard` the phrase a person would use, `*_source` the picture or recording it was rendered from,
     `*_rendering` the factual clip that the stream was first made for (equal for both streams of a factual clip),
-    `*_sha256` a hash of the stream's own packets: equal hashes mean equal media, whatever file carries them.
+    `*_sha256` a hash of all that decides what is shown or heard (`data.media.stream_hashes`): equal hashes mean equal
+    media, whatever file carries them.
     In the stream that a muted or a blanked clip lacks is nothing: label, phrase and source are "", and the rendering says what it is, "silence" or
     "near_silence" (noise too quiet to hear), "black" or "near_black".
     `id` is a plain word (letters, digits, "_", "-", "."), `file` a path below the clip folder.

@@ -145,6 +145,10 @@ def test_grid_of_clips_of_unequal_length(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"i\.mp4: its picture is not the one of its hash in clips\.jsonl .* build the folder again"):
         make_grid(tmp_path, replace(i, video_sha256="0" * 64), j)
     assert not (tmp_path / "media/i__j.mp4").exists()
+    (tmp_path / "media/j__i.mp4").unlink()
+    with pytest.raises(MediaError, match=r"j\.mp4: its picture is not"):
+        make_grid(tmp_path, i, replace(j, video_sha256="0" * 64))
+    assert sorted(path.name for path in (tmp_path / "media").iterdir()) == ["i.mp4", "j.mp4"]
 
 
 @pytest.mark.parametrize(("late_picture", "late_sound"), [(0.1, 0.2), (0.5, 0.3), (2.0, 3.0)])
