@@ -24,6 +24,7 @@ from data.build import DataConfig, build
 from data.check import check_media, leave_out, way_out
 from data.clips import DataError, load_clips
 from data.files import quiet_libraries
+from data.media import OTHER_HASH
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Check:
 
     def run(self) -> int:
         """Check; a table of what is bad."""
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"workers is {self.workers}. Set it to 1 or more.")
         clips = load_clips(self.folder)
         if self.leave_out:
             clips = leave_out(clips, self.leave_out)
@@ -72,12 +75,20 @@ class Check:
         if not bad:
             print(f"{clips.root}: all {len(clips.clips)} clips can be used.")
             return 0
+        known = all(OTHER_HASH in reason for _, reason in bad)
+        if len(bad) == len(clips.clips) and known:  # nothing is wrong with any one of them
+            print(f"error: {clips.root}: no clip's streams are those of its hashes in clips.jsonl: {OTHER_HASH}.", file=sys.stderr)
+            return 2
         table = Table("clip", "split", "condition", "file", "why it cannot be used")
         for clip, reason in bad:
             table.add_row(clip.id, clip.split, clip.condition, clip.file, reason.replace(f"{clips.root}/", ""))
         console = Console()
         console.print(table)
-        print(f"error: {clips.root}: {len(bad)} of {len(clips.clips)} clips cannot be used. Mend them, or leave them out:", file=sys.stderr)
+        print(f"error: {clips.root}: {len(bad)} of {len(clips.clips)} clips cannot be used. ", end="", file=sys.stderr)
+        if len(bad) == len(clips.clips):
+            print("None would be left without them: mend the files, or build the folder again.", file=sys.stderr)
+            return 2
+        print("Mend them, or leave them out:", file=sys.stderr)
         print(way_out(clips.root, bad), file=sys.stderr)
         return 2
 
@@ -92,6 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tyro.cli(Arguments, prog="python -m data", args=given).run()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {error.filename or 'a file'} cannot be read or written ({error.strerror or error}). Mend that, then run again.", file=sys.stderr
+        )
         return 2
 
 

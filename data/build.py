@@ -222,6 +222,30 @@ def _without(root: Path, job: _Bare) -> Clip:
     return replace(empty, id=name, file=file, condition=job.condition, video_sha256=video, audio_sha256=audio)
 
 
+def _check_settings(config: DataConfig, workers: int) -> None:
+    """Raise DataError, in one sentence that names the setting, for numbers of which nothing can be built."""
+
+    def need(good: bool, name: str, value: object, wanted: str) -> None:
+        if not good:
+            raise DataError(f"{name} is {value}. Set it to {wanted}.")
+
+    need(workers >= 1, "workers", workers, "1 or more")
+    need(config.noises >= 1, "noises", config.noises, "1 or more: near-silent and near-black clips need them")
+    need(config.seed >= 0, "seed", config.seed, "0 or more")
+    need(0 <= config.max_similarity <= 1, "max_similarity", config.max_similarity, "0 to 1")
+    size, fps, seconds = config.render.size, config.render.fps, config.render.seconds
+    need(16 <= size <= 4096 and size % 2 == 0, "render.size", size, "an even number of pixels, 16 to 4096")
+    need(0.1 <= fps <= 240, "render.fps", fps, "0.1 to 240 frames a second")
+    need(0.1 <= seconds <= 3600, "render.seconds", seconds, "0.1 to 3600 seconds")
+    for name in ("renderings", "rounds", "bare"):
+        for split in SPLITS:
+            number = getattr(config, name).of(split)
+            need(number >= 0, f"{name}.{split}", number, "0 or more")
+    need(any(config.renderings.of(split) for split in SPLITS), "renderings", "0 in every split", "1 or more in one of them")
+    names = config.classes
+    need(names is None or len(set(names)) == len(names) > 0, "classes", " ".join(names or ()) or "empty", "names, each once")
+
+
 def _provenance(config: DataConfig, classes: Sequence[SourceClass], pairs: Pairs) -> dict[str, Any]:
     """What the folder is made of; with the media, the whole of what a reader needs to know.
 
@@ -311,8 +335,7 @@ def build(config: DataConfig, folder: Path | str, workers: int = 2, progress: bo
 
     Not for several processes at the same time on one folder: let the main one build, then the others load.
     """
-    if config.noises < 1:
-        raise DataError(f"noises is {config.noises}: near-silent and near-black clips need at least 1.")
+    _check_settings(config, workers)
     folder = Path(folder)
     classes = _classes(config)
     pairs = split_pairs([c.name for c in classes], config.seed)

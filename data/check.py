@@ -1,7 +1,8 @@
 """Which clips of a folder cannot be used: every file is decoded, both streams, as a model would read them, and none is left unnamed.
 
-bad = check_media(load_clips("my/clips"))                 # [(clip, reason), …], in the folder's order
-leave_out(clips, ["c3", "c7"])                            # the folder without these clips and their grids; media files stay
+clips = load_clips("my/clips")
+bad = check_media(clips)                              # [(clip, reason), …], in the folder's order
+clips = leave_out(clips, ["c3", "c7"])                # the folder without these clips and their grids; media files stay
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from data.clips import Clip, Clips, DataError, load_clips, save_clips
 
+NAMED = 20  # bad clips that a refusal names one by one
 FPS = 2.0  # frames a second that are looked at; to find them every picture is decoded
 
 
@@ -35,7 +37,7 @@ def check_media(clips: Clips, workers: int | None = None, done: Callable[[], obj
 
 def _problem(clips: Clips, clip: Clip) -> str | None:
     """What is wrong with a clip's file, in a sentence, or None. Whatever a decoder throws is a fault of this file, not of the check."""
-    from data.media import read_audio, read_video, stream_hashes
+    from data.media import OTHER_HASH, read_audio, read_video, stream_hashes
 
     path = clips.path(clip)
     try:
@@ -48,20 +50,17 @@ def _problem(clips: Clips, clip: Clip) -> str | None:
         return f"{path} cannot be decoded ({type(error).__name__}: {str(error).strip() or 'no reason given'})."
     for kind, now, then in zip(("video", "audio"), hashes, (clip.video_sha256, clip.audio_sha256), strict=True):
         if now != then:
-            return (
-                f"{path} holds another {kind} stream than clips.jsonl says (its hash begins with {now[:8]}, not {then[:8]}). "
-                "Restore the file, or write its row anew with data.media.stream_hashes."
-            )
+            return f"{path} holds another {kind} stream than clips.jsonl says (its hash begins with {now[:8]}, not {then[:8]}): {OTHER_HASH}."
     return None
 
 
 def refusal(root: Path, bad: Sequence[tuple[Clip, str]], of: int) -> DataError:
-    """One sentence a bad clip, and what to do about all of them, in one line."""
-    reasons = "; ".join(f"({number}) {reason}" if len(bad) > 1 else reason for number, (_, reason) in enumerate(bad, 1))
-    return DataError(
-        f"{root}: {len(bad)} of {of} clips cannot be used. {' '.join(reasons.split())} Mend them, or leave them out with "
-        f"`{way_out(root, bad)}`: what was measured on the others is kept."
-    )
+    """One sentence a bad clip, the first `NAMED` of them, and what to do about all, in one line."""
+    reasons = [f"({number}) {reason}" if len(bad) > 1 else reason for number, (_, reason) in enumerate(bad[:NAMED], 1)]
+    first = f"{root}: {len(bad)} of {of} clips cannot be used. {' '.join('; '.join(reasons).split())}"
+    if len(bad) > NAMED:
+        return DataError(f"{first}; and {len(bad) - NAMED} more. `python -m data check {root}` names all, and says how to leave them out.")
+    return DataError(f"{first} Mend them, or leave them out with `{way_out(root, bad)}`: what was measured on the others is kept.")
 
 
 def way_out(root: Path, bad: Sequence[tuple[Clip, str]]) -> str:

@@ -58,7 +58,8 @@ class Clip:
 
     `*_label` is the class, `seen` / `heard` the phrase a person would use, `*_source` the picture or recording it was rendered from,
     `*_rendering` the factual clip that the stream was first made for (equal for both streams of a factual clip),
-    `*_sha256` a hash of the stream's own packets: equal hashes mean equal media, whatever file carries them.
+    `*_sha256` a hash of all that decides what is shown or heard (`data.media.stream_hashes`): equal hashes mean equal
+    media, whatever file carries them.
     In the stream that a muted or a blanked clip lacks is nothing: label, phrase and source are "", and the rendering says what it is, "silence" or
     "near_silence" (noise too quiet to hear), "black" or "near_black".
     `id` is a plain word (letters, digits, "_", "-", "."), `file` a path below the clip folder.
@@ -168,23 +169,29 @@ def _tables_hash(clips: str, grids: str) -> str:
 
 
 def save_clips(folder: Path | str, clips: Iterable[Clip], grids: Iterable[Grid], manifest: dict[str, Any]) -> None:
-    """Write clips.jsonl, grids.jsonl and, last, manifest.json into a folder whose media are already there.
+    """Write clips.jsonl, grids.jsonl and, last, manifest.json into a folder whose media are already there; tables that it has are replaced
+    once all three are on the disk, and stay as they are where that fails.
 
     `manifest` needs "labels" ([[name, seen, heard], ...]) and may have "synonyms"; version, file sizes and the data hash are filled in. Raises
     DataError if the folder cannot be written, a clip's file is missing or the synonyms are not of the form that `load_clips` reads.
     """
     folder, clips, grids = Path(folder), list(clips), list(grids)
     _check_synonyms(folder / "manifest.json", manifest)
-    whole = folder / "manifest.json"
+    tables = {"clips.jsonl": _jsonl(clips), "grids.jsonl": _jsonl(grids)}
     try:
-        whole.unlink(missing_ok=True)  # until the new one is there, the folder is not whole
-        (folder / "clips.jsonl").write_text(_jsonl(clips), encoding="utf-8")
-        (folder / "grids.jsonl").write_text(_jsonl(grids), encoding="utf-8")
         sizes = {c.file: (folder / c.file).stat().st_size for c in clips}
-        filled = {**manifest, "version": MANIFEST_VERSION, "files": sizes, "data_hash": _tables_hash(_jsonl(clips), _jsonl(grids))}
-        draft = folder / "manifest.json.partial"
-        draft.write_text(json.dumps(filled, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, whole)
+        filled = {**manifest, "version": MANIFEST_VERSION, "files": sizes, "data_hash": _tables_hash(*tables.values())}
+        # What is there stays whole until all that is new is on the disk. The manifest comes last: its hash shows tables that are not its own.
+        texts = {**tables, "manifest.json": json.dumps(filled, indent=1, ensure_ascii=False) + "\n"}
+        try:
+            for name, text in texts.items():
+                (folder / f"{name}.partial").write_text(text, encoding="utf-8")
+            for name in texts:
+                os.replace(folder / f"{name}.partial", folder / name)
+        finally:
+            for name in texts:
+                if (folder / f"{name}.partial").is_file():
+                    (folder / f"{name}.partial").unlink()
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be written or found ({error.strerror}). Mend that, then save again.") from error
 
@@ -210,7 +217,7 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}). Mend the line or build the folder again.") from error
         if not isinstance(values, dict):
             raise DataError(f"{where} is not a JSON object with the fields {', '.join(kinds)}.")
@@ -221,9 +228,11 @@ def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
         for key, (kind, words) in kinds.items():
             value = values[key]
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                values[key] = value = float(value)
+                values[key] = value = float(value) if abs(value) < 1 << 53 else float("inf")  # which no field may be
             if not isinstance(value, kind):
                 raise DataError(f'{where}: "{key}" is {value!r}, but must be a {"number" if kind is float else "string"}. Correct it.')
+            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise DataError(f'{where}: "{key}" is {value!r}, half of a character. Correct it.')
             if words and value not in words:
                 raise DataError(f'{where}: unknown {key} "{value}". Use one of {", ".join(words)}.')
         row = cls(**values)
@@ -282,7 +291,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not path.parent.is_dir():
             raise DataError(f"{path.parent} does not exist. Build it with `python -m data --out {path.parent}`.") from error
         raise DataError(f"{path.parent} is not whole: it has no manifest.json, which is written last. Build it again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}). Build the folder again.") from error
     if not isinstance(manifest, dict):
         raise DataError(f"{path} is not a JSON object. Build the folder again.")
@@ -297,7 +306,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if len({row[0] for row in labels}) < len(labels):
         raise DataError(f'{path} names a label twice in "labels". Give each class one line.')
     _check_synonyms(path, manifest)
+    sizes, pairs = manifest.get("files", {}), manifest.get("pairs", {})
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        raise DataError(f'{path}: "files" has to be an object, {{file: its size in bytes}}. Correct it or leave it out.')
+    if not isinstance(pairs, dict) or not all(isinstance(part, list) and all(_is_pair(p) for p in part) for part in pairs.values()):
+        raise DataError(f'{path}: "pairs" has to be an object, {{split: [[label, label], ...]}}. Correct it or leave it out.')
     return manifest
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
 def _check_synonyms(path: Path, manifest: dict[str, Any]) -> None:
@@ -332,9 +350,11 @@ def _check_clips(root: Path, clips: list[Clip], manifest: dict[str, Any]) -> Non
                 )
             if label and label not in labels:
                 raise DataError(f'{table}: clip "{clip.id}" has the unknown label "{label}". Add it to "labels" in {root / "manifest.json"}.')
+        if not clip.file or Path(clip.file).is_absolute() or ".." in Path(clip.file).parts:
+            raise DataError(f'{table}: the file "{clip.file}" of clip "{clip.id}" is not a path below the clip folder. Put it under media/.')
         try:
             size = (root / clip.file).stat().st_size
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise DataError(f'{root / clip.file}, the file of clip "{clip.id}", does not exist. Restore it or build the folder again.') from error
         if sizes.get(clip.file, size) != size:
             raise DataError(f"{root / clip.file} has {size} bytes, not the {sizes[clip.file]} it was written with. Build the folder again.")

@@ -127,6 +127,11 @@ class Swapped(NamedTuple):
 
 
 def make_grid(root: Path, i: Clip, j: Clip, out: Path | None = None) -> Swapped:
-    """Both swaps of two factual clips of one split, muxed, and the 2x2 grid they make."""
-    ox, xo = make_swap(root, i, j, out), make_swap(root, j, i, out)
+    """Both swaps of two factual clips of one split, muxed, and the 2x2 grid they make. Where one fails, neither file is left."""
+    ox = make_swap(root, i, j, out)
+    try:
+        xo = make_swap(root, j, i, out)
+    except BaseException:
+        ((out or root) / ox.file).unlink(missing_ok=True)
+        raise
     return Swapped((ox, xo), Grid(f"{i.id}__{j.id}", i.split, i.id, ox.id, xo.id, j.id))

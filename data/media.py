@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -39,6 +39,12 @@ AUDIO_BIT_RATE = 64_000
 # memory that nobody wrote at most frame widths, so that bytes depended on what the process had done before.
 X264 = {"crf": "20", "preset": "veryfast", "x264-params": "threads=1:bframes=0:scenecut=0:cpu-independent=1", "threads": "1"}
 MP4 = {"fflags": "+bitexact"}
+# A copy writes its edit lists on a clock that divides the usual sample rates and frame rates: on the default one, milliseconds, every copy of
+# a copy moved its picture.
+COPY = {**MP4, "movie_timescale": "480000"}
+# What `mux` writes into its files. In a swap neither stream may begin at 0 (a picture that comes late with a sound that comes late): there the
+# first of both is not where the clip begins.
+FROM_ZERO = "times count from zero"
 APART = 0.04  # seconds by which a time stamp must be off before samples are moved: a token of sound; less is jitter of the stamps
 PAUSE = 10  # seconds in which neither stream has anything: FFmpeg's own threshold for a clock that was set anew
 PRIMING = 0.1  # seconds by which pictures come late in many files, since the sound's encoder puts silence before it
@@ -53,18 +59,25 @@ OTHER_HASH = (
 BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"udta", b"uuid", b"meta", b"mfra", b"sidx", b"styp", b"pdin"}
 
 
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+
+
 class MediaError(DataError):
     """A media file that cannot be used. The message names the file and the remedy."""
 
 
 def _check_boxes(path: Path | str) -> None:
-    """Raise if an mp4 (or mov) ends inside one of its top-level boxes: FFmpeg opens some such files and only loses a stream."""
+    """Raise if an mp4 (or mov) ends inside one of its top-level boxes, or a Matroska file inside its segment: FFmpeg opens such files, and
+    reads what is there."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         at = 0
         while at < size:
             file.seek(at)
             head = file.read(16)
+            if at == 0 and head[:4] == EBML:
+                at = _segment_end(file) or size
+                break
             if at == 0 and head[4:8] != b"ftyp":
                 return  # another container
             length = int.from_bytes(head[:4], "big")
@@ -75,6 +88,25 @@ def _check_boxes(path: Path | str) -> None:
             at += max(length, 8)
         if at > size or size == 0:
             raise MediaError(f"{path} is truncated: at least {max(1, at - size)} bytes are missing. Copy or build it again.")
+
+
+def _segment_end(file: BinaryIO) -> int | None:
+    """Where the segment of a Matroska file (or webm), which holds all media, ends; None where it does not say (recorded live)."""
+    file.seek(0)
+    head = file.read(1024)
+    at = len(EBML)
+    for element in (b"", SEGMENT):  # the header, then the segment
+        if element and head[at : at + 4] != element:
+            return None
+        at += len(element)
+        if at >= len(head) or head[at] == 0:
+            return None
+        digits = 9 - head[at].bit_length()  # the leading zeros of the first byte say how many bytes the number has
+        length = int.from_bytes(head[at : at + digits], "big") & ((1 << 7 * digits) - 1)
+        if length == (1 << 7 * digits) - 1 or (element and length == 0):
+            return None
+        at += digits + length
+    return at
 
 
 @contextlib.contextmanager
@@ -141,10 +173,14 @@ class _Tracks:
 
     video: _Stream | None
     audio: _Stream | None
+    from_zero: bool = False
+    """A file of `mux`, whose times are those of the clips that it was made of."""
 
     @property
     def zero(self) -> Fraction:
-        """When a player begins: with the first of both."""
+        """When a player begins: with the first of both, but for files of `mux`."""
+        if self.from_zero:
+            return Fraction(0)
         return min((s.starts for s in (self.video, self.audio) if s), default=Fraction(0))
 
     @property
@@ -176,6 +212,10 @@ def _tracks(path: Path | str, container: Any) -> _Tracks:
     for packet in container.demux(streams) if streams else ():
         if packet.size:
             found[packet.stream.index].add(path, packet)
+    if container.format.name == "flv" and container.duration:  # whose end looks like any other place in it
+        stated, read = container.duration / av.time_base, max((s.ends for s in found.values()), default=Fraction(0))
+        if stated - read > max(0.5, 0.1 * stated):
+            raise MediaError(f"{path} is truncated: it says that it lasts {stated:.1f} s, and {float(read):.1f} s are there. Copy or build it again.")
     chosen = []
     for kind in ("video", "audio"):
         mine = [found[s.index] for s in streams if s.type == kind and found[s.index].packets]
@@ -185,7 +225,7 @@ def _tracks(path: Path | str, container: Any) -> _Tracks:
         for c, d in audio.gaps if audio else ():
             if min(b, d) - max(a, c) > PAUSE:
                 raise MediaError(f"{path}: nothing is shown or heard for {float(min(b, d) - max(a, c)):.0f} s: its clock was set anew. {CONVERT}")
-    return _Tracks(video, audio)
+    return _Tracks(video, audio, "mp4" in container.format.name and container.metadata.get("comment") == FROM_ZERO)
 
 
 def _scan(path: Path | str) -> _Tracks:
@@ -533,7 +573,8 @@ def mux(video_from: Path | str, audio_from: Path | str, out: Path | str) -> tupl
             audio = _audio_stream(audio_from, heard, sounds)
             audio_packets = _packets(audio_from, sounds, audio, heard.zero)
             try:
-                with av.open(buffer, "w", format="mp4", options=MP4) as container:
+                with av.open(buffer, "w", format="mp4", options=COPY) as container:
+                    container.metadata["comment"] = FROM_ZERO
                     targets = [_copied(container, path, stream) for path, stream in ((video_from, video), (audio_from, audio))]
                     for packets, target in zip((video_packets, audio_packets), targets, strict=True):
                         for packet in packets:

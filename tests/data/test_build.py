@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.__main__ import main
 from data.build import SPLITS, DataConfig, PerSplit, _classes, _factual, build
 from data.clips import Clip, Clips, DataError, load_clips
 from data.counterfactual import choose_swaps
@@ -267,3 +268,30 @@ def test_classes_without_held_out_sources() -> None:
         _factual(DataConfig(), [replace(dog, pictures=dog.held_pictures)])
     with pytest.raises(DataError, match='The class "dog" has no recording that is not held out'):
         _factual(DataConfig(), [replace(dog, sounds=tuple(replace(s, held_out=True) for s in dog.sounds))])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--workers 0", "workers is 0. Set it to 1 or more"),
+        ("--workers -1", "workers is -1. Set it to 1 or more"),
+        ("--render.size 0", "render.size is 0. Set it to an even number of pixels"),
+        ("--render.size 65", "render.size is 65. Set it to an even number of pixels"),
+        ("--render.fps 0", "render.fps is 0.0. Set it to"),
+        ("--render.fps inf", "render.fps is inf. Set it to"),
+        ("--render.seconds 0", "render.seconds is 0.0. Set it to"),
+        ("--render.seconds nan", "render.seconds is nan. Set it to"),
+        ("--seed -1", "seed is -1. Set it to 0 or more"),
+        ("--renderings.plan -1", "renderings.plan is -1. Set it to 0 or more"),
+        ("--rounds.test -2", "rounds.test is -2. Set it to 0 or more"),
+        ("--bare.train -3", "bare.train is -3. Set it to 0 or more"),
+        ("--max-similarity -1", "max_similarity is -1.0. Set it to 0 to 1"),
+        ("--max-similarity nan", "max_similarity is nan. Set it to 0 to 1"),
+        ("--noises 0", "noises is 0. Set it to 1 or more"),
+        ("--classes dog dog", "classes is dog dog. Set it to names, each once"),
+    ],
+)
+def test_settings_of_which_nothing_can_be_built(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "clips"), *words.split()]) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

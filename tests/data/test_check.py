@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data.__main__ import main
+from data.check import refusal
 from data.clips import DataError, load_clips, save_clips
 from data.media import read_audio, read_video, stream_hashes, write_mp4
 
@@ -106,3 +107,24 @@ def test_the_hash_of_a_split_is_of_its_own_rows(folder):
     assert [split for split in parts if train.hash_of(split) != parts[split]] == ["train"]
     assert [split for split in parts if unseen.hash_of(split) != parts[split]] == ["test"]
     assert json.loads((train.root / "manifest.json").read_text())["data_hash"] == train.data_hash
+
+
+def test_where_all_clips_are_bad_the_reason_is_said_once(folder, capsys):
+    """Rows of another version: not one command with every id, which would leave nothing."""
+    clips = load_clips(folder)
+    kept = [c for c in clips.clips if c.condition == "factual"][:3]
+    save_clips(folder, [replace(c, video_sha256=c.video_sha256[::-1]) for c in kept], [], clips.manifest)
+    assert main(["check", str(folder)]) == 2
+    said = capsys.readouterr()
+    assert "--leave-out" not in said.err and said.err.count("data.media.stream_hashes") == 1 and kept[0].id not in said.out
+    for clip in kept:
+        clips.path(clip).write_bytes(b"x" * clips.path(clip).stat().st_size)
+    assert main(["check", str(folder)]) == 2
+    said = capsys.readouterr()
+    assert "--leave-out" not in said.err and "build the folder again" in said.err and kept[0].id in said.out
+
+
+def test_a_refusal_names_no_more_than_can_be_read(small):
+    said = str(refusal(small.root, [(clip, f"{clip.file} is bad.") for clip in small.clips[:45]], 50))
+    assert small.clips[19].file in said and small.clips[20].file not in said and "and 25 more" in said and "--leave-out" not in said
+    assert "\n" not in said and f"python -m data check {small.root}" in said

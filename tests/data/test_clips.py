@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.check import leave_out
 from data.clips import Clip, Clips, DataError, Grid, load_clips, save_clips
 from data.media import stream_hashes
 
@@ -31,6 +33,12 @@ def edit(folder: Path, table: str, number: int, **changes: Any) -> None:
 def edit_manifest(folder: Path, **changes: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def edit_raw(folder: Path, key: str, value: Any) -> None:
+    """Set one key of the manifest, to null too."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}))
 
 
 def number_of(folder: Path, split: str, condition: str) -> int:
@@ -73,7 +81,26 @@ def test_save_and_load_own_folder(small: Clips, tmp_path: Path) -> None:
     assert load_clips(tmp_path).clips == tuple(own) and load_clips(tmp_path).grids == ()
     with pytest.raises(DataError, match=r"nowhere\.mp4 cannot be written or found"):
         save_clips(tmp_path, [replace(own[0], file="media/nowhere.mp4")], [], {"labels": [["dog", "a", "b"]]})
-    assert not (tmp_path / "manifest.json").exists()
+    assert load_clips(tmp_path).clips == tuple(own)
+
+
+def test_a_folder_stays_whole_where_its_tables_cannot_be_written(folder: Path) -> None:
+    """Every table in turn cannot be written: its draft's name is taken by a folder. What somebody wrote by hand is not lost."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({key: manifest[key] for key in ("version", "labels")}))
+    before, texts = load_clips(folder), {path: path.read_bytes() for path in folder.glob("*.json*")}
+    for name in ("clips.jsonl", "grids.jsonl", "manifest.json"):
+        (folder / f"{name}.partial").mkdir()
+        (folder / f"{name}.partial/x").touch()
+        with pytest.raises(DataError, match=rf"{name}\.partial cannot be written"):
+            leave_out(before, [before.clips[-1].id])
+        assert {path: path.read_bytes() for path in folder.glob("*.json*") if path.is_file()} == texts
+        shutil.rmtree(folder / f"{name}.partial")
+    assert len(leave_out(before, [before.clips[-1].id]).clips) == len(before.clips) - 1
+    assert not list(folder.glob("*.partial"))
+    with pytest.raises(DataError, match=r"nowhere\.mp4 cannot be written or found"):
+        save_clips(folder, [replace(before.clips[0], file="nowhere.mp4")], [], before.manifest)
+    assert len(load_clips(folder).clips) == len(before.clips) - 1
 
 
 def swap_grid(folder: Path) -> None:
@@ -132,10 +159,26 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest without labels": (lambda f: edit_manifest(f, labels=None), r'manifest\.json needs "labels"'),
     "manifest short label": (lambda f: edit_manifest(f, labels=[["dog", "a dog"]]), r'manifest\.json needs "labels"'),
     "manifest label twice": (lambda f: edit_manifest(f, labels=[["dog", "a", "b"], ["dog", "c", "d"]]), "names a label twice"),
+    "files a list": (lambda f: edit_raw(f, "files", [1]), r'manifest\.json: "files" has to be an object'),
+    "files null": (lambda f: edit_raw(f, "files", None), r'manifest\.json: "files" has to be an object'),
+    "files of words": (lambda f: edit_raw(f, "files", {"media/a.mp4": "10"}), r'manifest\.json: "files" has to be an object'),
+    "pairs a list": (lambda f: edit_raw(f, "pairs", [["a", "b"]]), r'manifest\.json: "pairs" has to be an object'),
+    "pairs null": (lambda f: edit_raw(f, "pairs", None), r'manifest\.json: "pairs" has to be an object'),
+    "pairs of numbers": (lambda f: edit_raw(f, "pairs", {"test": [1]}), r'manifest\.json: "pairs" has to be an object'),
+    "pairs of null": (lambda f: edit_raw(f, "pairs", {"test": None}), r'manifest\.json: "pairs" has to be an object'),
+    "pairs of mixed": (lambda f: edit_raw(f, "pairs", {"test": [[1, "a"]]}), r'manifest\.json: "pairs" has to be an object'),
+    "manifest too deep": (lambda f: (f / "manifest.json").write_text("[" * 200_000), r"manifest\.json cannot be read as JSON"),
     "no table": (lambda f: (f / "clips.jsonl").unlink(), r"clips\.jsonl cannot be read"),
     "empty table": (lambda f: (f / "clips.jsonl").write_text(""), r"clips\.jsonl has no clips"),
     "line no JSON": (lambda f: append(f, "clips.jsonl", "{no\n"), r"clips\.jsonl line \d+ is not JSON"),
     "line a list": (lambda f: append(f, "clips.jsonl", "[1]\n"), r"clips\.jsonl line \d+ is not a JSON object"),
+    "line too deep": (lambda f: append(f, "clips.jsonl", "[" * 200_000 + "\n"), r"clips\.jsonl line \d+ is not JSON"),
+    "half a character": (lambda f: edit(f, "clips", 1, seen="\ud800"), r"clips\.jsonl line 2: \"seen\" is '.ud800', half of a character"),
+    "too long": (lambda f: edit(f, "clips", 1, seconds=10**400), "lasts inf seconds"),
+    "file with NUL": (lambda f: edit(f, "clips", 1, file="media/a\0.mp4"), r"the file of clip .* does not exist"),
+    "file elsewhere": (lambda f: edit(f, "clips", 1, file="/etc/passwd"), r'the file "/etc/passwd" of clip .* is not a path below the clip folder'),
+    "file outside": (lambda f: edit(f, "clips", 1, file="media/../../x.mp4"), r"is not a path below the clip folder"),
+    "no file": (lambda f: edit(f, "clips", 1, file=""), r"is not a path below the clip folder"),
     "unknown field": (lambda f: edit(f, "clips", 1, colour="red"), r'clips\.jsonl line 2 has an unknown field "colour"\. Remove it'),
     "missing field": (lambda f: edit(f, "clips", 1, heard=None), r'clips\.jsonl line 2 has no field "heard"\. Add it'),
     "wrong type": (lambda f: edit(f, "clips", 1, seconds="two"), r"clips\.jsonl line 2: \"seconds\" is 'two', but must be a number"),

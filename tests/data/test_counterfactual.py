@@ -5,12 +5,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from data.clips import Clip, Clips
 from data.counterfactual import assign, choose_swaps, make_grid, similarities
-from data.media import MediaError, read_audio, read_video, stream_hashes, write_mp4
+from data.media import MediaError, mux, read_audio, read_video, stream_hashes, write_mp4
 
 
 def clip(name: str, seen: str, heard: str, label: str | None = None) -> Clip:
@@ -144,3 +145,63 @@ def test_grid_of_clips_of_unequal_length(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"i\.mp4: its picture is not the one of its hash in clips\.jsonl .* build the folder again"):
         make_grid(tmp_path, replace(i, video_sha256="0" * 64), j)
     assert not (tmp_path / "media/i__j.mp4").exists()
+    (tmp_path / "media/j__i.mp4").unlink()
+    with pytest.raises(MediaError, match=r"j\.mp4: its picture is not"):
+        make_grid(tmp_path, i, replace(j, video_sha256="0" * 64))
+    assert sorted(path.name for path in (tmp_path / "media").iterdir()) == ["i.mp4", "j.mp4"]
+
+
+@pytest.mark.parametrize(("late_picture", "late_sound"), [(0.1, 0.2), (0.5, 0.3), (2.0, 3.0)])
+def test_swaps_of_a_late_picture_and_a_late_sound(late_picture: float, late_sound: float, tmp_path: Path) -> None:
+    """In picture-of-b with sound-of-c neither stream begins at 0, and still each is where it was in its own clip."""
+    (tmp_path / "media").mkdir()
+    frames = np.broadcast_to(np.linspace(40, 220, 16).astype(np.uint8)[:, None, None, None], (16, 64, 64, 3))
+    rows = []
+    for name, later in (("b", {"video": late_picture}), ("c", {"audio": late_sound})):
+        write_mp4(tmp_path / "plain.mp4", frames, 4, np.sin(np.arange(64_000) / (3 + len(rows))).astype(np.float32))
+        shifted(tmp_path / "plain.mp4", tmp_path / f"media/{name}.mp4", later)
+        hashes = dict(zip(("video_sha256", "audio_sha256"), stream_hashes(tmp_path / f"media/{name}.mp4"), strict=True))
+        rows.append(replace(clip(name, name, name), **hashes))
+    b, c = rows
+    (bc, cb), _ = make_grid(tmp_path, b, c)
+    for swap, seen, heard in ((bc, b, c), (cb, c, b)):
+        assert (swap.video_sha256, swap.audio_sha256) == (seen.video_sha256, heard.audio_sha256) == stream_hashes(tmp_path / swap.file)
+        assert np.array_equal(read_video(tmp_path / swap.file, 4), read_video(tmp_path / seen.file, 4))
+        assert np.array_equal(read_audio(tmp_path / swap.file), read_audio(tmp_path / heard.file))
+    # A copy of the swap is the swap, and swapping the swaps gives the clips back.
+    assert mux(tmp_path / bc.file, tmp_path / bc.file, tmp_path / "copy.mp4") == (bc.video_sha256, bc.audio_sha256)
+    assert mux(tmp_path / bc.file, tmp_path / cb.file, tmp_path / "back.mp4") == (b.video_sha256, b.audio_sha256)
+
+
+def shifted(source: Path, path: Path, later: dict[str, float]) -> None:
+    """The same packets; those of a kind come so many seconds later."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        targets = {s.index: new.add_stream_from_template(s) for s in old.streams}
+        for packet in old.demux():
+            if packet.size and packet.pts is not None and packet.dts is not None:
+                by = round(later.get(packet.stream.type, 0.0) / float(packet.time_base))
+                packet.pts, packet.dts = packet.pts + by, packet.dts + by
+                packet.stream = targets[packet.stream.index]
+                new.mux(packet)
+
+
+def test_the_printed_remedy_works(tmp_path: Path) -> None:
+    """Matroska writes milliseconds; copied once, as the message says, the clip can be swapped."""
+    (tmp_path / "media").mkdir()
+    frames = np.broadcast_to(np.linspace(40, 220, 16).astype(np.uint8)[:, None, None, None], (16, 64, 64, 3))
+    rows = []
+    for name, ending in (("b", "mkv"), ("c", "mp4")):
+        write_mp4(tmp_path / "plain.mp4", frames, 7, np.sin(np.arange(36_571) / (3 + len(rows))).astype(np.float32))
+        file = f"media/{name}.{ending}"
+        shifted(tmp_path / "plain.mp4", tmp_path / file, {"video": 0.1} if name == "b" else {"audio": 0.2})
+        hashes = dict(zip(("video_sha256", "audio_sha256"), stream_hashes(tmp_path / file), strict=True))
+        rows.append(replace(clip(name, name, name), file=file, **hashes))
+    b, c = rows
+    with pytest.raises(MediaError, match=r'Copy it once, mux\("') as stopped:
+        make_grid(tmp_path, b, c)
+    assert "b.mkv" in str(stopped.value)
+    copied = mux(tmp_path / b.file, tmp_path / b.file, tmp_path / "media/new.mp4")
+    b = replace(b, file="media/new.mp4", video_sha256=copied[0], audio_sha256=copied[1])
+    (bc, cb), _ = make_grid(tmp_path, b, c)
+    assert (bc.video_sha256, bc.audio_sha256) == (b.video_sha256, c.audio_sha256)
+    assert (cb.video_sha256, cb.audio_sha256) == (c.video_sha256, b.audio_sha256)

@@ -691,3 +691,79 @@ def test_variable_frame_rate_and_other_codecs(tmp_path: Path) -> None:
         got = read_video(coded_pictures(tmp_path / name, codec, times, pix=pix), 2).mean((1, 2, 3))
         # At 0, 0.5, 1, ... seconds the last that began: numbers 0, 2, 4, 4, 4, 5, 6, 6 of them.
         assert np.abs(got[:8] - shades[[0, 2, 4, 4, 4, 5, 6, 6]]).max() < 5, name
+
+
+def ticking(path: Path, rate: Fraction, late: Fraction, hertz: int, b_frames: int = 0, sound_late: Fraction = Fraction(0)) -> None:
+    """Two seconds at `rate` pictures a second whose first comes `late` seconds after zero, sound at `hertz` that comes `sound_late` after it."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=rate, options={"x264-params": f"bframes={b_frames}:b-adapt=0"})
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        audio = container.add_stream("aac", rate=hertz, layout="mono")
+        for i, image in enumerate(picture(round(2 * rate))):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round(late * rate) + i, 1 / rate
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        wave = np.interp(np.arange(2 * hertz) / hertz, np.arange(2 * RATE) / RATE, tone()).astype(np.float32)
+        sound = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts, sound.time_base = hertz, round(sound_late * hertz), Fraction(1, hertz)
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("rate", "late", "hertz", "sound_late"),
+    [
+        (Fraction(10), Fraction(1), 16_000, Fraction(1)),
+        (Fraction(25), Fraction(1), 44_100, Fraction(1)),
+        (Fraction(30_000, 1001), Fraction(1001, 30_000), 16_000, Fraction(0)),
+        (Fraction(24), Fraction(1, 6), 22_050, Fraction(1, 9)),
+    ],
+)
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_a_copy_is_copied_exactly(rate: Fraction, late: Fraction, hertz: int, sound_late: Fraction, b_frames: int, tmp_path: Path) -> None:
+    """Copies of copies keep every packet's time: what `mux` returns for the first is what every later one has."""
+    ticking(tmp_path / "0.mp4", rate, late, hertz, b_frames, sound_late)
+    chain = [mux(tmp_path / f"{i}.mp4", tmp_path / f"{i}.mp4", tmp_path / f"{i + 1}.mp4") for i in range(4)]
+    assert len(set(chain)) == 1
+    for kind in ("video", "audio"):
+        copies = [packets(tmp_path / f"{i}.mp4", kind) for i in range(1, 5)]
+        assert all(copy == copies[0] for copy in copies)
+
+
+@pytest.mark.parametrize("ending", ["mkv", "webm", "flv"])
+def test_truncated_without_boxes(ending: str, tmp_path: Path) -> None:
+    """Matroska says how long its segment is, flv how long it lasts: what is cut off is missed, and no short clip is made of the rest."""
+    whole = tmp_path / f"whole.{ending}"
+    with av.open(str(whole), "w", format="matroska" if ending == "mkv" else None) as out:
+        video = out.add_stream("libvpx" if ending == "webm" else "libx264", rate=4)
+        audio = out.add_stream("libopus" if ending == "webm" else "aac", rate=48_000 if ending == "webm" else 44_100, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        for i, image in enumerate(picture(16)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 4)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        sound = av.AudioFrame.from_ndarray(tone(4.0)[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts, sound.time_base = RATE, 0, Fraction(1, RATE)
+        for piece in [*av.AudioResampler("fltp", "mono", audio.rate, audio.frame_size or 960).resample(sound), None]:
+            out.mux(audio.encode(piece))
+    assert read_video(whole, 4).shape[0] in (16, 17) and 3.9 < len(read_audio(whole)) / RATE < 4.2
+    for share in (0.2, 0.4, 0.6):
+        (tmp_path / f"cut.{ending}").write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+        for read in (read_audio, lambda p: read_video(p, 4), stream_hashes):
+            with pytest.raises(MediaError, match=rf"cut\.{ending} is (damaged or )?truncated"):
+                read(tmp_path / f"cut.{ending}")
+
+
+def test_a_live_recording_says_no_length(one: Path, tmp_path: Path) -> None:
+    """As a browser's MediaRecorder writes it: a segment of unknown size, no duration."""
+    with av.open(str(one)) as source, av.open(str(tmp_path / "live.mkv"), "w", format="matroska", options={"live": "1"}) as out:
+        targets = {s.index: out.add_stream_from_template(s) for s in source.streams}
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = targets[packet.stream.index]
+                out.mux(packet)
+    assert b"\x18\x53\x80\x67\x01" + b"\xff" * 7 in (tmp_path / "live.mkv").read_bytes()
+    assert read_video(tmp_path / "live.mkv", 4).shape[0] in (8, 9)
