@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from models import qwen2_5_omni, qwen_vl, smolomni
-from models.avllm import AVLLM, ModelError
+from models.avllm import AVLLM, ModelError, device_fault
 
 FAMILIES = {
     **dict.fromkeys(qwen2_5_omni.MODEL_TYPES, qwen2_5_omni.Qwen25Omni),
@@ -106,9 +106,11 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
                 tensors = {place.name: tensors[name] for name, place in places.items()}
                 save_file(tensors, Path(scratch) / WEIGHTS, {"format": "pt"})
             model.thinker = PeftModel.from_pretrained(model.thinker, source, config=config, is_trainable=trainable)
-    except (ModelError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except ModelError:
         raise
     except Exception as error:  # PEFT raises of every kind on settings that it did not expect: re.error, ImportError, IndexError, ...
+        if device_fault(error):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"{lines[0]} is missing" if isinstance(error, KeyError) else " ".join(line.strip() for line in lines[:2])
         other = ", so it was made for another model" if "size mismatch" in reason or "not found in the base model" in reason else ""
