@@ -48,10 +48,6 @@ class ModelError(ValueError):
     """A model, adapter or input that does not fit. The message says what and what to do."""
 
 
-class _NotResized(DataError):
-    """`resize` failed, for the reason that is its cause; a DataError so that reading does not take it for a broken file."""
-
-
 class AVLLM(ABC):
     """A loaded model with its processor. Built by `models.load_model`."""
 
@@ -165,22 +161,27 @@ class AVLLM(ABC):
         """Frames, in the size that the tower takes, and wave of a clip, of the streams that are wanted."""
         path = root / clip.file
         self._check_file(clip, root, video, audio)
+        failed: list[Exception] = []
+
+        def resized(frames: np.ndarray) -> np.ndarray:
+            try:
+                return self.resize(frames)
+            except Exception as error:
+                failed.append(error)  # reading would say that the file is broken
+                raise
+
         try:
-            frames = read_video(path, self.fps, self._resized) if video else None
-        except _NotResized as error:
-            cause = error.__cause__
-            if cause is None or device_fault(cause):
-                raise (cause or error) from None
+            frames = read_video(path, self.fps, resized) if video else None
+        except Exception:
+            if not failed:
+                raise
+            cause = failed[0]
+            if device_fault(cause):
+                raise cause from None
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ModelError(f"{clip.file}: this model cannot take pictures of its size ({reason}). Scale it, or leave this one out.") from cause
         wave = read_audio(path, AUDIO_RATE, muted=clip.condition == "muted") if audio else None
         return frames, wave
-
-    def _resized(self, frames: np.ndarray) -> np.ndarray:
-        try:
-            return self.resize(frames)
-        except Exception as error:
-            raise _NotResized(str(error)) from error
 
     @torch.no_grad()
     def _run_towers(self, clip: Clip, frames: np.ndarray | None, wave: np.ndarray | None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.clips import Clip
+from data.clips import Clip, DataError
 from data.media import MediaError, mux, read_video, stream_hashes, write_mp4
 from models import ModelError, load_model
 
@@ -39,7 +39,7 @@ def test_a_silent_sound_is_refused_after_a_muted_clip_had_it(tiny_folder, tmp_pa
     model = load_model(tiny_folder)
     model.media(muted, tmp_path)
     for ask in (lambda: model.media(factual, tmp_path), lambda: model.precompute([muted, factual], tmp_path, progress=False)):
-        with pytest.raises(MediaError, match=r"silent\.mp4 has a silent sound track"):
+        with pytest.raises(DataError, match=r"silent\.mp4 has a silent sound track"):
             ask()
 
 
