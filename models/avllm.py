@@ -72,6 +72,7 @@ class AVLLM(ABC):
         self._streams: dict[tuple[str, str], StreamFeatures] = {}
         self._quiet: set[str] = set()  # audio streams that only muted clips have: nobody asked whether they hold a sound
         self._layouts: dict[tuple, Layout] = {}
+        self._opened: set[tuple[Path, str, str]] = set()  # files, each with a stream and its hash, that were found to hold it
 
     # ---------------------------------------------------------------- media
 
@@ -79,7 +80,7 @@ class AVLLM(ABC):
         """Features of the clip's streams; a stream (by its hash, of all that decides it) passes through its tower once in the life of this object.
 
         Raises data.media.MediaError for media that cannot be used, or that are not those of the clip's hashes, and ModelError where audio or
-        video left no tokens.
+        video left no tokens. A file is opened only for streams that have not passed through their tower: `unusable` opens all.
         """
         kinds = {kind for kind, _ in self._missing(clip, video, audio)}
         if kinds:
@@ -90,7 +91,7 @@ class AVLLM(ABC):
         )
 
     def precompute(self, clips: Sequence[Clip], root: Path, progress: bool = True) -> None:
-        """Run the towers for every stream of `clips` that has not been seen yet; threads read files ahead.
+        """Open every file of `clips`, and run the towers for every stream that has not been seen yet; threads read files ahead.
 
         Raises DataError that names every clip that cannot be used.
         """
@@ -101,10 +102,13 @@ class AVLLM(ABC):
             raise refusal(root, bad, len(clips))
 
     def unusable(self, wanted: Sequence[tuple[Clip, bool, bool]], root: Path, done: Callable[[], object] = lambda: None) -> list[tuple[Clip, str]]:
-        """`precompute` for (clip, whether its video is wanted, whether its audio is): the clips that cannot be used, each with the reason. `done()`
-        after each clip."""
+        """`precompute` for (clip, whether its video is wanted, whether its audio is): the clips that cannot be used, each with the reason. Every
+        file is opened once and compared with its hashes, also where its streams are known from other clips. `done()` once for each of `wanted`.
+
+        Raises what the device reports (out of memory, CUDA errors): that is no fault of a clip.
+        """
         bad: dict[str, tuple[Clip, str]] = {}
-        left, count = list(wanted), min(8, os.cpu_count() or 1)
+        left, count, again = list(wanted), min(8, os.cpu_count() or 1), False
         with ThreadPoolExecutor(count) as pool:
             while left:
                 jobs, asked, ahead = iter(left), set[tuple[str, str]](), deque[tuple[Clip, Future]]()
@@ -114,19 +118,20 @@ class AVLLM(ABC):
                         new = [key for key in self._missing(clip, video, audio) if key not in asked]
                         asked.update(new)
                         kinds = {kind for kind, _ in new}
-                        ahead.append((clip, pool.submit(self._read, clip, root, "video" in kinds, "audio" in kinds)))
+                        ahead.append((clip, pool.submit(self._checked, clip, root, video, audio, "video" in kinds, "audio" in kinds)))
                     if not ahead:
                         break
                     clip, future = ahead.popleft()
                     try:
                         self._run_towers(clip, *future.result())
-                    except torch.OutOfMemoryError:
-                        raise
                     except (DataError, ModelError, OSError, ValueError, RuntimeError, IndexError) as error:
+                        if device_fault(error):
+                            raise
                         bad[clip.id] = clip, str(error)
-                    done()
+                    if not again:
+                        done()
                 # Where a stream could not be read from one clip, the other clips that have it are read too.
-                left = [job for job in left if job[0].id not in bad and self._missing(*job)]
+                left, again = [job for job in left if job[0].id not in bad and self._missing(*job)], True
         return [bad[clip.id] for clip in {clip.id: clip for clip, *_ in wanted}.values() if clip.id in bad]
 
     def _missing(self, clip: Clip, video: bool, audio: bool) -> list[tuple[str, str]]:
@@ -135,14 +140,46 @@ class AVLLM(ABC):
         unheard = ("audio", clip.audio_sha256) not in self._streams or (clip.audio_sha256 in self._quiet and clip.condition != "muted")
         return out + ([("audio", clip.audio_sha256)] if audio and unheard else [])
 
+    def _checked(self, clip: Clip, root: Path, video: bool, audio: bool, *read: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """`_read` of streams that are wanted, `read` telling which are not known; the file is opened all the same, once."""
+        self._check_file(clip, root, video, audio)
+        return self._read(clip, root, *read)
+
+    def _check_file(self, clip: Clip, root: Path, video: bool, audio: bool) -> None:
+        """Raises MediaError where the clip's file cannot be opened, or is not that of its hashes in the streams that are wanted."""
+        path = root / clip.file
+        said = {"video": clip.video_sha256} if video else {}
+        said |= {"audio": clip.audio_sha256} if audio else {}
+        if all((path, *stream) in self._opened for stream in said.items()):
+            return
+        found = dict(zip(("video", "audio"), stream_hashes(path), strict=True))
+        if any(found[kind] != said[kind] for kind in said):
+            raise MediaError(f"{path} is not the file of the hashes in clips.jsonl: {OTHER_HASH}.")
+        self._opened.update((path, *stream) for stream in said.items())
+
     def _read(self, clip: Clip, root: Path, video: bool, audio: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Frames, in the size that the tower takes, and wave of a clip, of the streams that are wanted."""
         path = root / clip.file
-        if video or audio:
-            found = stream_hashes(path)
-            if (video and found[0] != clip.video_sha256) or (audio and found[1] != clip.audio_sha256):
-                raise MediaError(f"{path} is not the file of the hashes in clips.jsonl: {OTHER_HASH}.")
-        frames = read_video(path, self.fps, self.resize) if video else None
+        self._check_file(clip, root, video, audio)
+        failed: list[Exception] = []
+
+        def resized(frames: np.ndarray) -> np.ndarray:
+            try:
+                return self.resize(frames)
+            except Exception as error:
+                failed.append(error)  # reading would say that the file is broken
+                raise
+
+        try:
+            frames = read_video(path, self.fps, resized) if video else None
+        except Exception:
+            if not failed:
+                raise
+            cause = failed[0]
+            if device_fault(cause):
+                raise cause from None
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise ModelError(f"{clip.file}: this model cannot take pictures of its size ({reason}). Scale it, or leave this one out.") from cause
         wave = read_audio(path, AUDIO_RATE, muted=clip.condition == "muted") if audio else None
         return frames, wave
 
@@ -160,10 +197,10 @@ class AVLLM(ABC):
         reason = "leaves no tokens, so it is too short for this model"
         try:
             features = run([stream])[0] if len(stream) else None
-        except torch.OutOfMemoryError:
-            raise
         except (IndexError, ValueError, RuntimeError) as error:
-            reason = f"the {kind} tower cannot take it ({str(error).strip().splitlines()[0]})"
+            if device_fault(error):
+                raise
+            reason = f"the {kind} tower cannot take it ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
         else:
             if features is not None and features.features.shape[0]:
                 self._streams[(kind, clip.video_sha256 if kind == "video" else clip.audio_sha256)] = features
@@ -649,6 +686,14 @@ class AVLLM(ABC):
     @abstractmethod
     def question_text(self, question: str) -> str:
         """The prompt's text after the media, up to where the answer starts."""
+
+
+def device_fault(error: BaseException) -> bool:
+    """Whether the machine failed, whatever it was given: memory that ran out, or an error of the accelerator's libraries."""
+    said = str(error).lstrip()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and (said.startswith(("CUDA", "cuDNN", "NCCL", "HIP", "MPS")) or "DefaultCPUAllocator" in said)
+    )
 
 
 def spread_ranks(layers: Sequence[int], like: int, r: int) -> dict[int, int]:
