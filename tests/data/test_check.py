@@ -91,18 +91,28 @@ def test_what_is_no_clip_folder_is_said_to_be_what_it_is(small, tmp_path):
 
 
 def test_the_hash_of_a_split_is_of_its_own_rows(folder):
-    """Leaving a training clip out keeps what was measured on the test split; its own clips, and those of unseen sources, do not."""
+    """Leaving a training clip out keeps what was measured on the test split, unless a source goes with it, which then is unseen; its own clips, and
+    those of unseen sources, do not."""
     clips = load_clips(folder)
     parts = {split: clips.hash_of(split) for split in ("train", "plan", "selection", "test")}
     assert len(set(parts.values())) == 4
 
-    def without(split):
+    def without(name, ids):
         from data.check import leave_out
 
-        root = shutil.copytree(folder, folder.parent / split)
-        return leave_out(load_clips(root), [clips.select(split, "counterfactual")[0].id])
+        return leave_out(load_clips(shutil.copytree(folder, folder.parent / name)), ids)
 
-    train, unseen = without("train"), without("unseen")
+    def one_of(split):
+        return clips.select(split, "counterfactual")[0].id
+
+    train, unseen = without("train", [one_of("train")]), without("unseen", [one_of("unseen")])
+    assert train.sources("train") == clips.sources("train")
     assert [split for split in parts if train.hash_of(split) != parts[split]] == ["train"]
     assert [split for split in parts if unseen.hash_of(split) != parts[split]] == ["test"]
     assert json.loads((train.root / "manifest.json").read_text())["data_hash"] == train.data_hash
+    recording = clips.select("train", "factual")[0].audio_source
+    less = without("recording", [c.id for c in clips.select("train") if c.audio_source == recording])
+    gone = {stream: clips.sources("train")[stream] - less.sources("train")[stream] for stream in ("video", "audio")}
+    assert gone == {"video": set(), "audio": {recording}}
+    assert [split for split in parts if less.hash_of(split) != parts[split]] == ["train", "test"]
+    assert less.hash_of("unseen") != clips.hash_of("unseen")
