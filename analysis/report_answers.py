@@ -232,7 +232,7 @@ def language_table(ends: list[Named], comparison: Comparison | None) -> dict[str
     for k, (label, show, _, of) in enumerate(next(numbers for numbers in reversed(known) if numbers)):
         row = [label, *(show(numbers[k][2]) if numbers else "–" for numbers in known)]
         if comparison:
-            change = comparison.find("language", ("perplexity", "right")[k])
+            change = comparison.find("language", ("perplexity", "right", "cut_off")[k])
             row.append("–" if change is None else relative(change.difference) if k == 0 else percent(change.difference, signed=True))
         rows.append([*row, of])
     return {"header": header, "rows": rows}

@@ -259,11 +259,12 @@ def _sentences(title: str, sentences: Sequence[str]) -> list[Table]:
 
 
 def language_numbers(language: Language) -> list[tuple[str, Callable[[Estimate], str], Estimate, str]]:
-    """The two numbers of plain text: what it is, how it is shown, the number, and what it is over."""
+    """The numbers of plain text: what it is, how it is shown, the number, and what it is over."""
     text, right = language.perplexity, language.right
     return [
         ("perplexity", number, text, f"{text.n} tokens in {text.clusters} passages"),
         ("simple questions answered right", percent, right, f"{right.n} questions"),
+        ("their answers cut off", percent, language.cut_off, f"{language.cut_off.n} questions"),
     ]
 
 
@@ -323,6 +324,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         table.add_row("perplexity", number(text.before), number(text.after), relative(text.difference), f"{text.after.n} tokens")
         changed = percent(right.difference, signed=True) + (" points" if right.difference else "")
         table.add_row("questions answered right", _short(right.before), _short(right.after), changed, str(right.after.n))
+        if cut := comparison.find("language", "cut_off"):
+            changed = percent(cut.difference, signed=True) + (" points" if cut.difference else "")
+            table.add_row("their answers cut off", _short(cut.before), _short(cut.after), changed, str(cut.after.n))
         table.caption = "Perplexity: change as a share of before, passage by passage. Questions: points, question by question."
         tables.append(table)
     for section, title, show, measures in _SECTIONS:
