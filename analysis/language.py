@@ -47,8 +47,8 @@ def text_jobs(batch: int) -> list[TextJob]:
 
 
 def measured(model: AVLLM, job: TextJob, max_new_tokens: int) -> Record:
-    """Passages: {"nll": their sums in nats, "tokens": how many}. Questions: {"answers": greedy answers of at most `max_new_tokens`, "cut_off": whether
-    each ended at this limit}.
+    """Passages: {"nll": their sums in nats, "tokens": how many}. Questions: {"answers": greedy answers of at most `max_new_tokens`, "cut_off":
+    whether each ended at this limit}.
     """
     prefix = model.prefill([Media(None, None)])
     if job.kind == "passages":

@@ -154,7 +154,8 @@ def test_its_interval_is_that_of_the_mean_over_passages():
 
 
 def records(answers, nll=2.0):
-    return [{"nll": np.full(20, 10 * nll), "tokens": np.full(20, 10)}, {"answers": answers[:25], "cut_off": [False] * 25}, {"answers": answers[25:], "cut_off": [True, *[False] * 14]}]
+    texts = {"nll": np.full(20, 10 * nll), "tokens": np.full(20, 10)}
+    return [texts, {"answers": answers[:25], "cut_off": [False] * 25}, {"answers": answers[25:], "cut_off": [True, *[False] * 14]}]
 
 
 def test_the_share_right_and_every_answer():
