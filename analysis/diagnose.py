@@ -445,7 +445,7 @@ class _Diagnosis:
             lens = fit.fit()
             return {"lens": lens.record()} if lens else {}
 
-        conflicts = [{k: v for k, v in asdict(clip).items() if k != "file"} for clip in self.chosen.counterfactual]
+        conflicts = [{k: v for k, v in asdict(clip).items() if k != "file"} for clip in self.whole["counterfactual"]]
         [found] = self.work.records("tuned_fit", [conflicts], fitted)
         if not found:
             self.findings.left_out.append("Tuned lens: too few conflicts for one half to fit it on and another to read.")

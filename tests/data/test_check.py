@@ -61,7 +61,11 @@ def test_leaving_the_bad_ones_out_takes_their_grids_with_them(folder, capsys):
 
 def test_a_whole_folder_passes_and_a_muted_clip_may_be_silent(folder, capsys):
     assert main(["check", str(folder)]) == 0
-    assert "clips can be used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "clips can be used" in said
+    for split in ("test", "unseen"):
+        (pictures, of), (recordings, heard) = load_clips(folder).shared_sources(split).values()
+        assert f"{split}: the train split has {pictures} of {of} pictures and {recordings} of {heard} recordings too" in said
     assert load_clips(folder).select(condition="muted")
 
 
