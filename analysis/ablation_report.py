@@ -19,10 +19,9 @@ from rich.table import Table
 from analysis.ablation import MEASURES, Ablation, Measure, Row, SetResult
 from analysis.charts import Drawing, Point, scatter
 from analysis.findings import Estimate
-from analysis.tables import effect, number, percent, relative
+from analysis.tables import UNREAD, effect, number, percent, relative
 from data.files import write_text
 
-UNREAD = ("unparsed", "cut_off")  # first parts of the names of measures that say what rates of answers leave out
 COLUMNS = tuple(name for name in MEASURES if name != "factual")
 EXPLAINED = (
     "± is the standard deviation over seeds. Differences are against the reference arm, clip by clip, all seeds pooled; their 95 % intervals "

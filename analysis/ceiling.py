@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from analysis.findings import Estimate, Findings, Sample
+from analysis.findings import Estimate, Findings, Sample, uncounted
 from analysis.items import clip_clusters
 from analysis.probing import probe_predictions
 from analysis.statistics import Intervals, by_source
-from analysis.tables import counted, number, percent, share, titled
+from analysis.tables import UNREAD_COLUMN, counted, number, percent, share, titled, unread
 from data.clips import Clip, Clips, DataError, Split, Stream
 from data.files import write_json
 from models import AVLLM
@@ -60,7 +60,8 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Answered:
-    """Right answers to the question about a stream, what the probe reads of the same streams, and the first over the second.
+    """Right answers to the question about a stream, what the probe reads of the same streams, and the first over the second; of the answers those
+    that name nothing known, and those that ended at the token limit.
 
     The ratio's interval is by the delta method; a ratio without a value where the probe reads nothing.
     """
@@ -68,6 +69,8 @@ class Answered:
     right: Estimate
     read: Estimate
     ratio: Estimate
+    unparsed: Estimate
+    cut_off: Estimate
 
 
 def _source(item: Clip | Sample, stream: Stream) -> str:
@@ -96,7 +99,7 @@ def ceilings(model: AVLLM, clips: Clips, progress: bool = True) -> list[Ceiling]
         right = dict(zip((clip.id for clip in everything), probe_predictions(states, [target], [fold])[0] == target, strict=True))
         for split in SPLITS:
             read = {clip.id: bool(right[clip.id]) for clip in tried[split]}
-            row = Ceiling(stream, split, Estimate(None, None, None, 0, 0), read, len(learned), known)
+            row = Ceiling(stream, split, uncounted(), read, len(learned), known)
             if counts := [clip for clip in tried[split] if row.takes(clip)]:
                 intervals = Intervals(clip_clusters(counts, video=stream == "video", audio=stream == "audio"), len(counts))
                 out.append(dataclasses.replace(row, accuracy=intervals.rates([[right[clip.id]] for clip in counts])[0]))
@@ -121,7 +124,8 @@ def answered(findings: Findings, row: Ceiling, clips: Clips) -> dict[str, Answer
         values = np.array([[s.correct, row.read[rendering]] for s, rendering in zip(asked, renderings, strict=True)], dtype=float)
         intervals = Intervals(by_source([s.video_source for s in asked], [s.audio_source for s in asked]), len(asked))
         right, read = intervals.rates(values)
-        out[condition] = Answered(right, read, _ratio(values, intervals))
+        left = intervals.rates([[s.verdict == "unparsed", s.cut_off] for s in asked])
+        out[condition] = Answered(right, read, _ratio(values, intervals), *left)
     return out
 
 
@@ -136,13 +140,14 @@ def _ratio(values: NDArray, intervals: Intervals) -> Estimate:
 
 def ceiling_table(rows: Sequence[Ceiling], named: Sequence[tuple[str, Findings]], clips: Clips) -> Table:
     """A row a ceiling, then one a condition of each of the findings: right answers, the probe on the same streams, the first over the second."""
-    columns = "stream, split", "right answers", "probe", "n (sources)", "ratio"
+    columns = "stream, split", "right answers", "probe", UNREAD_COLUMN, "n (sources)", "ratio"
     out = titled("What a linear probe reads before the decoder, and what answers say", *columns)
     for row in rows:
-        out.add_row(f"{row.stream}, {row.split}", "", percent(row.accuracy), counted(row.accuracy), "", style="bold")
+        out.add_row(f"{row.stream}, {row.split}", "", percent(row.accuracy), "", counted(row.accuracy), "", style="bold")
         for name, findings in named:
             for condition, found in answered(findings, row, clips).items():
-                out.add_row(f"{condition}, {name}", percent(found.right), share(found.read.value), counted(found.right), number(found.ratio))
+                cells = (percent(found.right), share(found.read.value), unread(found), counted(found.right), number(found.ratio))
+                out.add_row(f"{condition}, {name}", *cells)
     shared = ", ".join(f"{n} of {of} {what}" for what, (n, of) in zip(("pictures", "recordings"), clips.shared_sources("test").values(), strict=True))
     out.caption = "Ratio: right answers over what the probe reads of the same streams. The train split has " + shared + " of the test split too; of "
     out.caption += "the unseen split only streams count whose source it lacks."

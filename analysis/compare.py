@@ -176,7 +176,7 @@ def _rows(findings: Findings) -> Iterator[tuple[Key, Estimate]]:
         for measure in ("unshifted", "marginal", "shifted", "kl"):
             yield Key("shift", s.condition, None, s.tokens, measure), getattr(s, measure)
     if findings.language:
-        for measure in ("nll", "perplexity", "right"):
+        for measure in ("nll", "perplexity", "right", *(("cut_off",) if findings.language.cut_off.n else ())):
             yield Key("language", None, None, "", measure), getattr(findings.language, measure)
 
 

@@ -334,7 +334,8 @@ class _Diagnosis:
             findings.fidelity = fidelity_rows(findings.captions, items)
         if settings.language:
             findings.language = language_rows(plain_text, items)
-        out += cut_off_sentences(findings, {m: asked_about(self.subject, m).max_new_tokens for m in QUESTIONS})
+        limits = {m: asked_about(self.subject, m).max_new_tokens for m in QUESTIONS}
+        out += cut_off_sentences(findings, {**limits, "plain": settings.max_new_tokens})
         findings.items = items.saved()
         off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "caption fidelity": captions, "knockout": sweep}
         if names := [name for name, tally in off.items() if tally is None]:
@@ -444,7 +445,7 @@ class _Diagnosis:
             lens = fit.fit()
             return {"lens": lens.record()} if lens else {}
 
-        conflicts = [{k: v for k, v in asdict(clip).items() if k != "file"} for clip in self.chosen.counterfactual]
+        conflicts = [{k: v for k, v in asdict(clip).items() if k != "file"} for clip in self.whole["counterfactual"]]
         [found] = self.work.records("tuned_fit", [conflicts], fitted)
         if not found:
             self.findings.left_out.append("Tuned lens: too few conflicts for one half to fit it on and another to read.")
@@ -473,10 +474,11 @@ class _Diagnosis:
         def size(job: TextJob) -> int:
             return job.stop - job.start
 
+        def measure(i: int) -> Records:
+            return {"plain text": measured(self.model, jobs[i], self.settings.max_new_tokens)}
+
         self.bar.reset(self.task, total=sum(size(jobs[i]) for i in self.work.mine(len(jobs))), description="plain text")
-        records = self.work.records(
-            "plain_text", jobs, lambda i: {"plain text": measured(self.model, jobs[i])}, lambda i: self.bar.advance(self.task, size(jobs[i]))
-        )
+        records = self.work.records("plain_text", jobs, measure, lambda i: self.bar.advance(self.task, size(jobs[i])))
         return [record["plain text"] for record in records]
 
     def _shift(self) -> ShiftTally:
@@ -526,8 +528,11 @@ def cut_off_sentences(findings: Findings, limits: Mapping[str, int]) -> list[str
     answers = [(s.modality, s.cut_off) for s in findings.samples] + [(c.modality, c.cut_off) for c in findings.captions if c.modality == "both"]
     for modality, cut_off in answers:
         ended.setdefault(modality, []).append(cut_off)
+    told = {modality: f"“{question(modality)}”" for modality in QUESTIONS}  # type: ignore[arg-type]
+    if findings.language:
+        ended["plain"], told["plain"] = [a.cut_off for a in findings.language.answers], "the simple questions of plain text"
     return [
-        f"{100 * sum(cut) / len(cut):.0f} % of the answers to “{question(modality)}” ended at the limit of {limits[modality]} tokens "  # type: ignore[arg-type]
+        f"{100 * sum(cut) / len(cut):.0f} % of the answers to {told[modality]} ended at the limit of {limits[modality]} tokens "
         "before the model was done, so what it would have named after that counts as not named: raise max_new_tokens "
         "(--max-new-tokens; for training diagnosis.plan, .selection and .test)."
         for modality, cut in ended.items()

@@ -328,6 +328,7 @@ class PlainAnswer:
     accepted: list[str]
     answer: str
     right: bool
+    cut_off: bool = False  # the answer ended at the token limit
 
 
 @dataclass
@@ -338,6 +339,7 @@ class Language:
     perplexity: Estimate  # exp of it and its bounds
     right: Estimate  # share of simple questions
     answers: list[PlainAnswer]
+    cut_off: Estimate = field(default_factory=uncounted)  # share of the answers that ended at the token limit: a right word may have come after it
 
 
 @dataclass

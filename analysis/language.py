@@ -1,6 +1,6 @@
 """Plain text, without picture and sound: how well a model still predicts English, and how many simple questions it still answers.
 
-    record = measured(model, job)             # some passages or some questions of analysis/plain_text.py
+    record = measured(model, job, 128)        # some passages or some questions of analysis/plain_text.py
     language = language_rows(records, items)  # perplexity, share right, every answer
 
 Fine-tuning an audio-visual LLM must not cost it its language; whoever compares two findings sees what it did cost. A passage stands where text
@@ -24,7 +24,6 @@ from analysis.statistics import mapped
 from analysis.tally import Record
 from models import AVLLM, Media
 
-ANSWER_TOKENS = 24  # longest answer
 TextKind = Literal["passages", "questions"]
 
 
@@ -38,7 +37,7 @@ class TextJob(NamedTuple):
 
 def text_stated() -> dict[str, Any]:
     """What settings say of it: findings made with other texts are not compared."""
-    return {"passages": len(PASSAGES), "questions": len(QUESTIONS), "longest_answer": ANSWER_TOKENS, "sha256": text_hash()}
+    return {"passages": len(PASSAGES), "questions": len(QUESTIONS), "sha256": text_hash()}
 
 
 def text_jobs(batch: int) -> list[TextJob]:
@@ -47,26 +46,33 @@ def text_jobs(batch: int) -> list[TextJob]:
     return [TextJob(kind, start, min(start + batch, n)) for kind, n in counts.items() for start in range(0, n, batch)]
 
 
-def measured(model: AVLLM, job: TextJob) -> Record:
-    """Passages: {"nll": their sums in nats, "tokens": how many}. Questions: {"answers": greedy answers}."""
+def measured(model: AVLLM, job: TextJob, max_new_tokens: int) -> Record:
+    """Passages: {"nll": their sums in nats, "tokens": how many}. Questions: {"answers": greedy answers of at most `max_new_tokens`, "cut_off":
+    whether each ended at this limit}.
+    """
     prefix = model.prefill([Media(None, None)])
     if job.kind == "passages":
         suffixes = [model.passage(passage.text) for passage in PASSAGES[job.start : job.stop]]
         logprobs = model.logprobs(prefix, [0] * len(suffixes), suffixes).double().sum(1)
         return {"nll": -logprobs.cpu().numpy(), "tokens": np.array([len(suffix.targets) for suffix in suffixes])}
     asked = [question.text for question in QUESTIONS[job.start : job.stop]]
-    return {"answers": model.generate(prefix, [0] * len(asked), asked, max_new_tokens=ANSWER_TOKENS)}
+    said = model.generate_ids(prefix, [0] * len(asked), asked, max_new_tokens=max_new_tokens)
+    answers = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    return {"answers": answers, "cut_off": [len(ids) >= max_new_tokens for ids in said]}
 
 
 def language_rows(records: Sequence[Record], items: ItemStore) -> Language:
     """What the records of `text_jobs`, in order, come to."""
     nll, tokens = (np.concatenate([record[name] for record in records if "nll" in record]) for name in ("nll", "tokens"))
-    answers = [answer for record in records for answer in record.get("answers", ())]
+    answers, cut_off = ([value for record in records for value in record.get(name, ())] for name in ("answers", "cut_off"))
     mean, perplexity = text_estimates([passage.name for passage in PASSAGES], nll, tokens, items)
-    asked = [PlainAnswer(q.text, list(q.accepted), said, is_right(said, q)) for q, said in zip(QUESTIONS, answers, strict=True)]
+    asked = [
+        PlainAnswer(q.text, list(q.accepted), said, is_right(said, q), ended) for q, said, ended in zip(QUESTIONS, answers, cut_off, strict=True)
+    ]
     names = [question.text for question in QUESTIONS]
-    right = items.of(names, names).rates([Key("language", None, None, "", "right")], [[answer.right] for answer in asked])[0]
-    return Language(mean, perplexity, right, asked)
+    keys = [Key("language", None, None, "", measure) for measure in ("right", "cut_off")]
+    right, ended = items.of(names, names).rates(keys, [[answer.right, answer.cut_off] for answer in asked])
+    return Language(mean, perplexity, right, asked, ended)
 
 
 def text_estimates(names: Sequence[str], nll: ArrayLike, tokens: ArrayLike, items: ItemStore) -> tuple[Estimate, Estimate]:

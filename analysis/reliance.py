@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.events import VERDICTS, Verdict, is_correct, verdict
-from analysis.findings import Estimate, Following, Reliance, Sample
+from analysis.findings import Following, Reliance, Sample, uncounted
 from analysis.items import ItemStore, Key
 from analysis.statistics import Dyads
 from analysis.tally import Record, Tally
@@ -102,7 +102,7 @@ class FollowingTally(Tally):
             columns += [[is_correct(what, modality, *labels) for what, labels in zip(said, given, strict=True)], self._cut_off[condition, modality]]
             measures = (*VERDICTS, "correct", "cut_off")
             keys = [Key("following", condition, modality, "", measure) for measure in measures]
-            nothing = [Estimate(None, None, None, 0, 0) for _ in keys]  # every clip was left out
+            nothing = [uncounted() for _ in keys]  # every clip was left out
             shares = items.clips(clips, *streams).rates(keys, np.array(columns).T) if clips else nothing
             out.append(Following(condition, modality, **dict(zip(measures, shares, strict=True)), trained=self._left_out[condition, modality]))
         return out

@@ -36,27 +36,25 @@ from analysis.tables import (
 def number_tiles(ends: list[Named]) -> list[dict[str, str]]:
     """The numbers to look at first, each with before, after, interval and n."""
     wanted = [
-        ("Names the sound", "on conflicts, asked what it hears", "audio", lambda f: rate_of(f, "counterfactual", "hear", "audio"), percent),
-        ("Names the picture", "on conflicts, asked what it hears", "vision", lambda f: rate_of(f, "counterfactual", "hear", "vision"), percent),
-        (
-            "Shortcut Index",
-            "on hear-questions; 0 is ideal",
-            "",
-            lambda f: next((r.shortcut for r in f.reliance if r.question == "hear"), None),
-            number,
-        ),
-        ("Right on factual clips", "asked what it hears", "", lambda f: rate_of(f, "factual", "hear", "correct"), percent),
-        ("Says it hears nothing", "of silent clips, asked what it hears", "", lambda f: rate_of(f, "muted", "hear", "nothing"), percent),
+        ("Names the sound", "on conflicts, asked what it hears", "audio", "counterfactual", "audio"),
+        ("Names the picture", "on conflicts, asked what it hears", "vision", "counterfactual", "vision"),
+        ("Shortcut Index", "on hear-questions; 0 is ideal", "", "", "shortcut"),
+        ("Right on factual clips", "asked what it hears", "", "factual", "correct"),
+        ("Says it hears nothing", "of silent clips, asked what it hears", "", "muted", "nothing"),
     ]
     tiles = []
-    for title, note, tone, get, show in wanted:
-        values = [(name, get(f)) for name, f in ends]
+    for title, note, tone, clips, measure in wanted:
+        show = percent if clips else number
+        index = {name: next((r.shortcut for r in f.reliance if r.question == "hear"), None) for name, f in ends}
+        values = [(name, rate_of(f, clips, "hear", measure) if clips else index[name]) for name, f in ends]
         last = values[-1][1]
         if last is None or last.value is None:
             continue
         before = values[0][1]
         big, _, interval = show(last).partition(" (")
         was = f"{values[0][0]}: {show(before)}" if len(values) > 1 and before is not None else ""
+        if row := ends[-1][1].following_rate(clips, "hear"):
+            note += "".join(f", {what} {share(getattr(row, left).value)}" for left, what in UNREAD.items())
         tiles.append({"title": title, "note": note, "tone": tone, "big": big, "interval": interval.rstrip(")"), "before": was, "n": counted(last)})
     return tiles
 
@@ -113,18 +111,16 @@ def following_table(ends: list[Named], comparison: Comparison | None) -> dict[st
                 row.append(percent(change.difference, signed=True) if change else "–")
         found = next((r for _, f in reversed(ends) if (r := f.following_rate(condition, question))), None)
         row += [
-            share(getattr(f, measure).value) if f else "–" for measure in _UNREAD for f in (g.following_rate(condition, question) for _, g in ends)
+            share(getattr(f, measure).value) if f else "–" for measure in UNREAD for f in (g.following_rate(condition, question) for _, g in ends)
         ]
-        rows.append([*row, counted(found.audio) if found else "–"])
+        left_out = f", {found.trained} left out" if found and found.trained else ""
+        rows.append([*row, f"{counted(found.audio)}{left_out}" if found else "–"])
     return {"header": [*header, *_unread_header(ends), "n (sources)"], "rows": rows} if rows else None
-
-
-_UNREAD = ("unparsed", "cut_off")
 
 
 def _unread_header(ends: list[Named]) -> list[str]:
     """Columns of what could not be read and of what ended at the token limit."""
-    return [f"{what}, {name}" if len(ends) > 1 else what for what in UNREAD for name, _ in ends]
+    return [f"{what}, {name}" if len(ends) > 1 else what for what in UNREAD.values() for name, _ in ends]
 
 
 def abstention_table(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
@@ -145,8 +141,10 @@ def abstention_table(ends: list[Named], comparison: Comparison | None) -> dict[s
         if comparison:
             change = comparison.find("following", "nothing", condition, question)
             row.append(percent(change.difference, signed=True) if change else "–")
-        rows.append([*row, *(share(f.invented) if f else "–" for f in found), counted(last.nothing)])
-    return {"header": [*header, "n (sources)"], "rows": rows} if rows else None
+        row += [share(f.invented) if f else "–" for f in found]
+        row += [share(getattr(f, measure).value) if f else "–" for measure in UNREAD for f in found]
+        rows.append([*row, counted(last.nothing)])
+    return {"header": [*header, *_unread_header(ends), "n (sources)"], "rows": rows} if rows else None
 
 
 def reliance_table(ends: list[Named], comparison: Comparison | None) -> dict[str, Any] | None:
@@ -202,7 +200,7 @@ def fidelity_table(ends: list[Named], comparison: Comparison | None) -> dict[str
                 change = comparison.find("captions", measure, condition, question, key.item)
                 row.append(effect(change.difference) if change and change.difference else "–")
         row += [effect(f.audio_change) if f and f.audio_change else "–" for f in found]
-        row += [share(getattr(f, measure).value) if f else "–" for measure in _UNREAD for f in found]
+        row += [share(getattr(f, measure).value) if f else "–" for measure in UNREAD for f in found]
         rows.append([*row, counted(next(f.unparsed for f in reversed(found) if f))])
     return {"header": [*header, *_unread_header(ends), "n (sources)"], "rows": rows} if rows else None
 
@@ -232,7 +230,7 @@ def language_table(ends: list[Named], comparison: Comparison | None) -> dict[str
     for k, (label, show, _, of) in enumerate(next(numbers for numbers in reversed(known) if numbers)):
         row = [label, *(show(numbers[k][2]) if numbers else "–" for numbers in known)]
         if comparison:
-            change = comparison.find("language", ("perplexity", "right")[k])
+            change = comparison.find("language", ("perplexity", "right", "cut_off")[k])
             row.append("–" if change is None else relative(change.difference) if k == 0 else percent(change.difference, signed=True))
         rows.append([*row, of])
     return {"header": header, "rows": rows}

@@ -13,7 +13,23 @@ from collections.abc import Sequence
 
 from analysis.charts import RATES, Series, columns, lines, span, stacked_rows
 from analysis.report_parts import Figure, Group, Named, capital, line_figure, rate_of
-from analysis.tables import CONDITIONS, POSITIONS, STREAMS, TOKENS, counted, cut_name, effect, latent_text, layers, number, percent, words
+from analysis.tables import (
+    CONDITIONS,
+    POSITIONS,
+    STREAMS,
+    TOKENS,
+    UNREAD,
+    best_control,
+    counted,
+    cut_name,
+    effect,
+    latent_text,
+    layers,
+    number,
+    percent,
+    share,
+    words,
+)
 
 STREAM_TONES = {"audio": "audio", "visual": "vision"}
 VARIANTS = {"plain": "all mass", "no_sink": "without the first token", "value_norm": "weighted by value norm"}
@@ -44,6 +60,7 @@ def cut_panel(
     """One site against the first layer cut: following rates ("none" is the uncut model), below them the change of log p of the designated label."""
     starts: dict[int, str] = {}
     followed, gained = [], []
+    unread: dict[str, list[float]] = {}
     for k, (name, findings) in enumerate(ends):
         key, dashed = (site, family, condition, question), len(ends) > 1 and k == 0
         cuts = sorted((c for c in findings.knockout if (c.site, c.family, c.condition, c.question) == key), key=lambda c: c.start)
@@ -52,6 +69,8 @@ def cut_panel(
             points = [(float(c.start), e) for c in cuts if (e := getattr(c, measure)) is not None and e.value is not None]
             if points and (condition.endswith("counterfactual") or tone == "audio"):  # on factual clips there is one event to name
                 followed.append(Series(f"{label}, {name}", tone, points, dashed, apart=rate_of(findings, condition, question, measure)))
+        for measure, what in UNREAD.items():
+            unread.setdefault(what, []).extend(e.value for c in cuts if (e := getattr(c, measure)) is not None and e.value is not None)
         points = [(float(c.start), c.delta_logprob) for c in cuts if c.delta_logprob.value is not None]
         if points:
             gained.append(Series(f"log p, {name}", "audio" if question == "hear" else "vision", points, dashed))
@@ -75,16 +94,18 @@ def cut_panel(
         sum((t.rows[k][1:] if k < len(t.rows) else ["–"] * (len(t.header) - 1) for t in tables), [tables[0].rows[k][0]])
         for k in range(len(tables[0].rows))
     ]
-    return Figure(cut_name(site), drawings, sum((t.header[1:] for t in tables), [""]), rows, tables[-1].note)
+    most = ", ".join(f"{what} {share(max(shares))}" for what, shares in unread.items() if shares)
+    note = " ".join(part for part in (tables[-1].note, f"Answers under these cuts, at most: {most}." if most else "") if part)
+    return Figure(cut_name(site), drawings, sum((t.header[1:] for t in tables), [""]), rows, note)
 
 
 def probe_figures(ends: list[Named]) -> list[Figure]:
-    """Per position: accuracy for the sound and the picture over layers; the grey band spans the controls of the last findings, the two of labels
-    have columns of their own.
+    """Per position: accuracy for the sound and the picture over layers; the grey band spans the controls of the last findings, the two of labels and
+    the best of all, which selectivity is measured against, have columns of their own.
     """
     figures = []
     for position in dict.fromkeys(p.position for _, f in ends for p in f.probes):
-        series, controls, beside, folds = [], [], dict[str, list[float]](), ""
+        series, controls, beside, folds = [], [], dict[str, list[float | None]](), ""
         for k, (name, findings) in enumerate(ends):
             for p in findings.probes:
                 if p.position == position:
@@ -95,11 +116,12 @@ def probe_figures(ends: list[Named]) -> list[Figure]:
                     if k == len(ends) - 1:
                         controls += [c for c in (p.shuffled, p.control_task, p.audio_removed, p.random_weights) if c]
                         labels = (("control task", p.control_task), ("shuffled", p.shuffled))
-                        beside |= {f"{what}, {words(p.label, STREAMS)}": c for what, c in labels if c}
+                        beside |= {f"{what}, {words(p.label, STREAMS)}": [*c] for what, c in labels if c}
+                        beside[f"best control, {words(p.label, STREAMS)}"] = [best_control(p, layer) for layer in range(len(p.accuracy))]
         figure = _layer_figure(f"Read at the {words(position, POSITIONS)}", series, controls, RATES, f"Folds: {folds}." if folds else "")
         figure.header += beside
         for layer, row in enumerate(figure.rows):
-            row += [f"{100 * rates[layer]:.1f} %" for rates in beside.values()]
+            row += [share(rates[layer]) for rates in beside.values()]
         figures.append(figure)
     return figures
 

@@ -97,7 +97,7 @@ class ShiftTally(Tally):
                 key = (tuple(ids), modality)
                 classes = self._classes.setdefault(key, self._classes.get(key) or self.token_classes(ids, modality))
                 first = next((i for i, c in enumerate(classes) if c == "audio_event"), None)
-                if len(ids) >= self.subject.max_new_tokens:
+                if self.subject.cut_off(ids):
                     classes = classes[:-1]  # stopped before it could say the end token
                 record["rows"] += [row] * len(classes)
                 record["classes"] += classes

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from analysis.compare import Change, Comparison
 from analysis.fidelity import Agreement
-from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following, Language, Latent, Readout
+from analysis.findings import MISSING, CaptionFidelity, CutEffect, Effect, Estimate, Findings, Following, Language, Latent, Probe, Readout
 
 CONDITIONS = {
     "counterfactual": "conflicts",
@@ -35,7 +36,7 @@ CONDITIONS = {
 # Where "nothing" is the right answer, and where it is false abstention.
 ABSTENTION = (*MISSING, ("factual", "hear"), ("factual", "see"), ("counterfactual", "hear"), ("counterfactual", "see"))
 QUESTIONS = {"hear": "the sound", "see": "the picture", "both": "both"}
-UNREAD = ("unparsed", "cut off")  # shares that stand beside every rate of answers: what could not be read, what ended at the token limit
+UNREAD = {"unparsed": "unparsed", "cut_off": "cut off"}  # shares beside every rate of answers: what could not be read, what ended at the token limit
 POSITIONS = {
     "audio": "audio tokens",
     "audio_end": "end-of-audio token",
@@ -109,6 +110,15 @@ def p_value(estimate: Effect) -> str:
     return "p –" if p is None else "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".")
 
 
+UNREAD_COLUMN = ", ".join(UNREAD.values())
+
+
+def unread(row: Any) -> str:
+    """Both shares of UNREAD of a row that has them in one cell: `10.0, 0.0 %`."""
+    found = [e.value if (e := getattr(row, measure)) else None for measure in UNREAD]
+    return "–" if found == [None, None] else ", ".join("–" if v is None else f"{100 * v:.1f}" for v in found) + " %"
+
+
 def cut_words(cut: str | None) -> str:
     """`video->emitters 4:8` in words: `video ↛ answer, 4–7`; nothing for no cut."""
     site, _, window = (cut or "").partition(" ")
@@ -156,26 +166,28 @@ def findings_tables(findings: Findings) -> list[Table]:
     """The findings on one screen or two: what of the clips was trained on, then one table per diagnostic that was run."""
     tables = _sentences("What was trained on", findings.trained_on())
     if findings.following:
-        table = titled("What the answers name", "clips", "asked about", "the sound", "the picture", "other", *UNREAD, "n (sources)")
+        table = titled("What the answers name", "clips", "asked about", "the sound", "the picture", "other", *UNREAD.values(), "n (sources)")
         for f in findings.following:
             other = sum(e.value or 0.0 for e in (f.both, f.neither, f.nothing))
             measured = f.audio.value is not None
             shown = f"{100 * other:.1f} %" if measured else "–"
             asked = words(f.question, QUESTIONS)
-            rest = (shown, _short(f.unparsed), _short(f.cut_off), counted(f.audio))
+            n = f"{counted(f.audio)}, {f.trained} left out" if f.trained else counted(f.audio)
+            rest = (shown, _short(f.unparsed), _short(f.cut_off), n)
             table.add_row(words(f.condition, CONDITIONS), asked, percent(f.audio), percent(f.vision), *rest)
         table.caption = (
             "On factual clips sound and picture agree: an answer that names the event counts under “the sound”. Unparsed: names no known event and "
-            "does not say that there is none. Cut off: ended at the token limit; such answers are in the other columns too."
+            "does not say that there is none. Cut off: ended at the token limit; such answers are in the other columns too. Left out: clips of the "
+            "unseen split whose stream the train split has."
         )
         tables.append(table)
     if any(f.nothing.value is not None for f in abstention_rows(findings)):
-        table = titled("Says that there is nothing", "clips", "asked about", "right if it", "says nothing", "names an event", "n (sources)")
+        columns = "clips", "asked about", "right if it", "says nothing", "names an event", UNREAD_COLUMN, "n (sources)"
+        table = titled("Says that there is nothing", *columns)
         for f in abstention_rows(findings):
             wanted = "abstains" if (f.condition, f.question) in MISSING else "does not"
-            table.add_row(
-                words(f.condition, CONDITIONS), words(f.question, QUESTIONS), wanted, percent(f.nothing), share(f.invented), counted(f.nothing)
-            )
+            rates = (percent(f.nothing), share(f.invented), unread(f), counted(f.nothing))
+            table.add_row(words(f.condition, CONDITIONS), words(f.question, QUESTIONS), wanted, *rates)
         table.caption = "Asked about a stream that is not there, an answer that names an event has made it up."
         tables.append(table)
     if findings.fidelity:
@@ -193,27 +205,31 @@ def findings_tables(findings: Findings) -> list[Table]:
         )
         tables.append(table)
     if cuts := best_cuts(findings.knockout):
-        table = titled("Strongest cut per site (conflicts, asked about the sound)", "cut", "layers", "the sound", "the picture", *UNREAD, "log p")
+        columns = "cut", "layers", "the sound", "the picture", UNREAD_COLUMN, "log p"
+        table = titled("Strongest cut per site (conflicts, asked about the sound)", *columns)
         for c in cuts:
-            rates = (percent(c.audio), percent(c.vision), *(_short(e) if e else "–" for e in (c.unparsed, c.cut_off)))
+            rates = (percent(c.audio), share(c.vision.value if c.vision else None), unread(c))
             table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, effect(c.delta_logprob))
         counts = " to ".join(sorted({counted(c.delta_logprob) for c in cuts}))
         table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
         tables.append(table)
     if findings.probes:
         table = titled(
-            "Linear probes: what can be read from inside", "label of", "read at", "layer", "accuracy", "control task", "shuffled", "selectivity"
+            "Linear probes: what can be read from inside",
+            *("label of", "read at", "layer", "accuracy", "control task", "shuffled", "best control", "selectivity"),
         )
         for p in findings.probes:
             if (layer := _peak(p.selectivity)) is not None:
                 right, above = p.accuracy[layer], p.selectivity[layer]
                 controls = [share(rates[layer] if rates else None) for rates in (p.control_task, p.shuffled)]
+                controls.append(share(best_control(p, layer)))
                 table.add_row(
                     words(p.label, STREAMS), words(p.position, POSITIONS), str(layer), percent(right), *controls, percent(above, signed=True)
                 )
         table.caption = (
             "The layer of the highest selectivity; 0 is the embeddings. Control task: a random label for each source, the same in all its clips; "
-            "shuffled: labels shuffled clip by clip, which is chance. Selectivity: points above the best control."
+            "shuffled: labels shuffled clip by clip, which is chance. Best control: the highest of all, without sound and with random weights too. "
+            "Selectivity: points above it."
         )
         tables.append(table)
     if findings.lens:
@@ -259,11 +275,12 @@ def _sentences(title: str, sentences: Sequence[str]) -> list[Table]:
 
 
 def language_numbers(language: Language) -> list[tuple[str, Callable[[Estimate], str], Estimate, str]]:
-    """The two numbers of plain text: what it is, how it is shown, the number, and what it is over."""
+    """The numbers of plain text: what it is, how it is shown, the number, and what it is over."""
     text, right = language.perplexity, language.right
     return [
         ("perplexity", number, text, f"{text.n} tokens in {text.clusters} passages"),
         ("simple questions answered right", percent, right, f"{right.n} questions"),
+        ("their answers cut off", percent, language.cut_off, f"{language.cut_off.n} questions"),
     ]
 
 
@@ -274,7 +291,8 @@ def abstention_rows(findings: Findings) -> list[Following]:
 
 def fidelity_table(rows: Iterable[CaptionFidelity]) -> Table:
     """What captions get right, per judge, condition, question and cut."""
-    table = titled("Caption fidelity (1 is ideal)", "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", *UNREAD, "n (sources)")
+    columns = "judge", "clips", "asked about", "cut", "sound", "picture", "makes up", *UNREAD.values(), "n (sources)"
+    table = titled("Caption fidelity (1 is ideal)", *columns)
     for row in rows:
         scores = (number(row.audio), number(row.video), *map(_short, (row.invented, row.unparsed, row.cut_off)), counted(row.unparsed))
         table.add_row(row.judge, words(row.condition, CONDITIONS), words(row.question, QUESTIONS), cut_words(row.cut), *scores)
@@ -296,26 +314,31 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = _sentences("What was trained on", comparison.trained_on)
     changes = [c for c in comparison.changes if c.section == "following" and c.measure in ("audio", "vision")]
     if changes:
-        table = titled("What the answers name, before and after", "clips", "asked about", "names the", "before", "after", "difference, points", "n")
+        columns = "clips", "asked about", "names the", "before", "after", "difference, points", "unparsed", "cut off", "n"
+        table = titled("What the answers name, before and after", *columns)
         for c in changes:
             named = "event" if c.condition in ("factual", "unseen_factual") else "sound" if c.measure == "audio" else "picture"
             if named == "event" and c.measure == "vision":
                 continue  # where sound and picture agree there is nothing else to name
             if (c.condition, {"audio": "hear", "vision": "see"}[c.measure]) in MISSING:
                 continue  # the stream is not there
-            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), str((c.difference or c.after).n))
-            table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), named, *rates)
-        table.caption = "The difference is paired: the same clip under the same question. Its 95 % interval is clustered by source."
+            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), *_unread_change(comparison, c))
+            table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), named, *rates, str((c.difference or c.after).n))
+        table.caption = (
+            "The difference is paired: the same clip under the same question. Its 95 % interval is clustered by source. Unparsed, cut off: shares in "
+            "%, before → after."
+        )
         tables.append(table)
     nothing = [change for pair in ABSTENTION if (change := comparison.find("following", "nothing", *pair)) and change.after.value is not None]
     if nothing:
         table = titled(
-            "Says that there is nothing, before and after", "clips", "asked about", "right if it", "before", "after", "difference, points", "n"
+            "Says that there is nothing, before and after",
+            *("clips", "asked about", "right if it", "before", "after", "difference, points", "unparsed", "cut off", "n"),
         )
         for c in nothing:
             wanted = "abstains" if (c.condition, c.question) in MISSING else "does not"
-            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), str((c.difference or c.after).n))
-            table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), wanted, *rates)
+            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), *_unread_change(comparison, c))
+            table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), wanted, *rates, str((c.difference or c.after).n))
         tables.append(table)
     text, right = (comparison.find("language", measure) for measure in ("perplexity", "right"))
     if text and right:
@@ -323,6 +346,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         table.add_row("perplexity", number(text.before), number(text.after), relative(text.difference), f"{text.after.n} tokens")
         changed = percent(right.difference, signed=True) + (" points" if right.difference else "")
         table.add_row("questions answered right", _short(right.before), _short(right.after), changed, str(right.after.n))
+        if cut := comparison.find("language", "cut_off"):
+            changed = percent(cut.difference, signed=True) + (" points" if cut.difference else "")
+            table.add_row("their answers cut off", _short(cut.before), _short(cut.after), changed, str(cut.after.n))
         table.caption = "Perplexity: change as a share of before, passage by passage. Questions: points, question by question."
         tables.append(table)
     for section, title, show, measures in _SECTIONS:
@@ -350,6 +376,12 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     return tables + _sentences("Left out", comparison.left_out)
 
 
+def _unread_change(comparison: Comparison, row: Change) -> list[str]:
+    """Both shares of UNREAD among the answers that a rate is of, before and after: `10.0 → 0.0`."""
+    found = [comparison.find("following", measure, row.condition, row.question) for measure in UNREAD]
+    return [" → ".join("–" if e.value is None else f"{100 * e.value:.1f}" for e in (c.before, c.after)) if c else "–" for c in found]
+
+
 _STEM = re.compile(r" \[\d+, \d+\) \w+$|, layer \d+$")  # "video->audio [2, 5) window" -> "video->audio"
 
 _CUT = re.compile(r"(\S+->\S+) \[(\d+), (\d+)\) \w+$")
@@ -366,6 +398,12 @@ _SECTIONS: list[tuple[str, str, Callable[[Estimate], str], tuple[str, ...]]] = [
     ("latent", "Latent audio understanding", percent, ("latent", "said")),
     ("shift", "Token shift: share that is the base's first choice", percent, ("unshifted",)),
 ]
+
+
+def best_control(probe: Probe, layer: int) -> float | None:
+    """Accuracy of the control that selectivity is measured against: accuracy - selectivity."""
+    right, above = probe.accuracy[layer].value, probe.selectivity[layer].value
+    return None if right is None or above is None else right - above
 
 
 def _peak(values: Sequence[Estimate]) -> int | None:

@@ -67,7 +67,7 @@ def headline(findings: Findings) -> dict[str, Estimate]:
     for s in findings.shift:
         found[f"shift/{s.condition}/{s.tokens}/unshifted"] = s.unshifted
     if findings.language:
-        found |= {"language/perplexity": findings.language.perplexity, "language/right": findings.language.right}
+        found |= {f"language/{measure}": getattr(findings.language, measure) for measure in ("perplexity", "right", "cut_off")}
     for question, source, measure in (("hear", "video->", "audio"), ("see", "audio->", "vision")):
         cuts = [c for c in findings.knockout if (c.condition, c.question) == ("counterfactual", question) and c.site.startswith(source)]
         found[f"knockout/{question}/named"] = _largest(getattr(c, measure) for c in cuts)
@@ -132,8 +132,8 @@ def panel(name: str) -> Panel:
             return Panel(f"First choice of the base too, {_clips(condition)}", tokens.replace("_", " "), tones.get(tokens, "control"))
         case "language", ["perplexity"]:
             return Panel("Perplexity of plain text", "without picture and sound", "neither", rate=False)
-        case "language", [_]:
-            return Panel("Plain-text questions", "answered right", "neither")
+        case "language", [measure]:
+            return Panel("Plain-text questions", *(("answered right", "neither") if measure == "right" else ("end at the token limit", "unparsed")))
         case "knockout", [question, "named"]:
             line = f"names {_stream(question)}, {'video' if question == 'hear' else 'audio'} cut"
             return Panel("Under the best cut, conflicts", line, _tone(question))

@@ -7,7 +7,7 @@ Text and phrases are brought to the same form: lower case, no punctuation, no ar
 and "barked" are one). Then phrases are looked for inside clauses, longest first, and what one phrase has used no shorter one can use: "a
 rider on a galloping horse" is not also "a horse", "a fire truck" not also "a truck". Word order as in the phrase goes first; after that,
 any order with at most two other words in between ("the barking of a dog", "a dog is loudly barking"). A clause that says no / not / never /
-without before the phrase names nothing.
+nothing / without before the phrase names nothing.
 
 A phrase that would itself be torn apart or misread by this ("male speech, man speaking", "thunder and rain", "no sound of engines", "heart sounds",
 "what is this") is looked for first, across clauses, word by word in its own order, and then counts as one word of the answer.
@@ -37,6 +37,7 @@ FUNCTION_WORDS = frozenset({
     "who", "what", "while",
 })  # fmt: skip
 NEGATIONS = frozenset({"no", "not", "never", "without", "nothing", "neither", "nor", "cannot", "cant"})
+_BUT = re.compile(r"\b(?:except(?:ing)?(?:\s+for)?|besides|(?:apart|aside)\s+from|(?:other|else)\s+than)\b")  # "nothing except a dog" names the dog
 IRREGULAR = {
     "hooves": "hoof", "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "geese": "goose",
     "mice": "mouse", "wolves": "wolf", "leaves": "leaf", "rang": "ring", "rung": "ring", "sang": "sing", "sung": "sing", "blew": "blow",
@@ -76,9 +77,12 @@ def stem(word: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Lower case, one form of each character, "n't" as a word of its own, no possessive s."""
+    """Lower case, one form of each character, "n't" as a word of its own, no possessive s, "but" for all that leaves something over."""
     text = re.sub(r"n['’]t\b", " not", unicodedata.normalize("NFKC", text).lower())
-    return re.sub(r"['’]s\b", "", text)
+    return _BUT.sub("but", re.sub(r"['’]s\b", "", text))
+
+
+NEGATION_STEMS = frozenset(stem(word) for word in NEGATIONS)  # as `clauses` gives them: "nothing" is "noth" there
 
 
 def clauses(text: str) -> list[list[str]]:
@@ -127,7 +131,7 @@ class Wordings:
                 torn[stems] = torn.get(stems, False) or _is_torn(phrase)
         marks = {stems: f"{_MARK}{n}{_MARK}" for n, stems in enumerate(stems for stems, is_torn in torn.items() if is_torn)}
         self._torn = _by_first((stems, mark) for stems, mark in marks.items())
-        self._whole = _by_first([*(((mark,), stems) for stems, mark in marks.items()), *((s, s) for s in torn if not NEGATIONS.intersection(s))])
+        self._whole = _by_first([*(((mark,), stems) for stems, mark in marks.items()), *((s, s) for s in torn if not NEGATION_STEMS.intersection(s))])
 
     def marked(self, text: str) -> str:
         """The text with each phrase in it that clauses would tear apart as one word that no one writes."""
@@ -162,7 +166,7 @@ class Wordings:
                     if not strict and re.match(f"[{_UNSPACED}]", key[0]):
                         continue
                     for at in _places(free, key, strict):
-                        if not any(w in NEGATIONS for w in words[: at[-1]]):
+                        if not any(w in NEGATION_STEMS for w in words[: at[-1]]):
                             found.add(wanted[key])
                         for i in at:
                             free[i] = None

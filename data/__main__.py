@@ -22,7 +22,7 @@ from tyro.conf import Positional
 
 from data.build import DataConfig, build
 from data.check import check_media, leave_out, way_out
-from data.clips import DataError, load_clips
+from data.clips import Clips, DataError, load_clips
 from data.files import quiet_libraries
 from data.media import OTHER_HASH
 
@@ -45,11 +45,16 @@ class Arguments:
         clips = build(self.config, self.out, self.workers)
         conditions = {c: len(clips.select(condition=c)) for c in ("factual", "counterfactual", "muted", "blanked")}
         print(f"{clips.root}: {len(clips.clips)} clips ({', '.join(f'{n} {c}' for c, n in conditions.items())}), {len(clips.grids)} grids")
-        for split in ("test", "unseen"):
-            shared = clips.shared_sources(split)
-            told = " and ".join(f"{n} of {of} {what}" for what, (n, of) in zip(("pictures", "recordings"), shared.values(), strict=True))
-            print(f"{split}: the train split has {told} too")
+        _tell_shared(clips)
         return 0
+
+
+def _tell_shared(clips: Clips) -> None:
+    """Say how many sources of the test and of the unseen split the train split has too."""
+    for split in ("test", "unseen"):
+        shared = clips.shared_sources(split)
+        told = " and ".join(f"{n} of {of} {what}" for what, (n, of) in zip(("pictures", "recordings"), shared.values(), strict=True))
+        print(f"{split}: the train split has {told} too")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Check:
             bad = check_media(clips, self.workers, bar.update)
         if not bad:
             print(f"{clips.root}: all {len(clips.clips)} clips can be used.")
+            _tell_shared(clips)
             return 0
         known = all(OTHER_HASH in reason for _, reason in bad)
         if len(bad) == len(clips.clips) and known:  # nothing is wrong with any one of them

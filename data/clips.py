@@ -117,11 +117,13 @@ class Clips:
         return _tables_hash(_jsonl(self.clips), _jsonl(self.grids))
 
     def hash_of(self, split: str) -> str:
-        """sha256 over the rows of one split, clips and grids; of the test split also those of unseen sources, which are asked about with it. What is
-        measured on a split depends on these only."""
+        """sha256 over the rows of one split, clips and grids; of the test split also those of unseen sources, which are asked about with it. Of both
+        also over the sources that the train split has, which decide what is unseen. What is measured on a split depends on these only.
+        """
         parts = (split, "unseen") if split == "test" else (split,)
         clips, grids = ([row for row in rows if row.split in parts] for rows in (self.clips, self.grids))
-        return _tables_hash(_jsonl(clips), _jsonl(grids))
+        trained = {stream: sorted(found) for stream, found in self.sources("train").items()}
+        return _tables_hash(_jsonl(clips), _jsonl(grids) + (json.dumps(trained) if "unseen" in parts else ""))
 
     def select(self, split: str | None = None, condition: str | None = None) -> list[Clip]:
         """The clips of one split and / or condition, in file order."""

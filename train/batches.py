@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.events import NEGATIONS, abstains, content_stems
+from analysis.events import abstains, content_stems
+from analysis.wording import NEGATION_STEMS
 from data.questions import Modality, answer
 from models import AVLLM, Cut, Kind, Media
 from models.sequences import Batch, Decoded, Example, Suffix, answer_logprobs
@@ -356,7 +357,7 @@ def agree(said: str, other: str, question: str, modality: Modality, names: Names
     ours, theirs = ({*content_stems(text)} - {*content_stems(question)} for text in (said, other))
     if not ours or not theirs:
         return said == other
-    return ours & NEGATIONS == theirs & NEGATIONS and len(ours & theirs) >= SIMILAR * len(ours | theirs)
+    return ours & NEGATION_STEMS == theirs & NEGATION_STEMS and len(ours & theirs) >= SIMILAR * len(ours | theirs)
 
 
 def _text(model: AVLLM, ids: Sequence[int]) -> str:

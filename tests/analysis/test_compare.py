@@ -14,6 +14,8 @@ from analysis.diagnose import DiagnoseSettings, diagnose
 from analysis.events import VERDICTS
 from analysis.findings import CutEffect, Effect, Estimate, Findings, FindingsError, Following, Latent, Lens, Probe, Readout, Reliance, Shift, Tuned
 from analysis.items import ItemStore, Key, cut_item, packed, unpacked
+from analysis.report_answers import following_table
+from analysis.report_layers import probe_figures
 from analysis.statistics import Dyads, Intervals, shortcut
 from analysis.tables import best_cuts, comparison_tables, findings_tables, layers, number, percent
 
@@ -302,3 +304,40 @@ def test_best_cuts_judge_cuts_of_audio_by_the_harm():
 
     best = best_cuts([cut("video->emitters", 0, 0.8), cut("video->emitters", 1, 0.9), cut("audio->emitters", 0, 0.1), cut("audio->emitters", 1, 0.3)])
     assert [(c.site, c.start) for c in best] == [("video->emitters", 1), ("audio->emitters", 0)]
+
+
+def test_what_could_not_be_read_stands_beside_every_rate_of_a_comparison():
+    """Before 30 % of the answers name nothing known and 5 % end at the limit, after it 10 % and none: in the row of each rate of these answers."""
+
+    def told(unparsed, cut_off):
+        shares = (e(0.2), e(0.3), e(0.0), e(0.0), e(0.2), e(unparsed), e(0.2))
+        rows = [Following(condition, "hear", *shares, cut_off=e(cut_off)) for condition in ("counterfactual", "muted")]
+        return Findings("m", None, None, "test", "h", 2, {}, following=rows)
+
+    before, after = told(0.3, 0.05), told(0.1, 0.0)
+    said, nothing = (
+        {str(c.header): list(c.cells) for c in t.columns} for t in comparison_tables(compare(before, after)) if "before and after" in t.title
+    )
+    assert said["names the"] == ["sound", "picture", "picture"]
+    for table, rows in ((said, 3), (nothing, 2)):
+        assert table["unparsed"] == ["30.0 → 10.0"] * rows and table["cut off"] == ["5.0 → 0.0"] * rows
+    [table] = [t for t in findings_tables(before) if t.title == "Says that there is nothing"]
+    assert [list(c.cells) for c in table.columns if c.header == "unparsed, cut off"] == [["30.0, 5.0 %"] * 2]
+
+
+def test_selectivity_can_be_recomputed_from_its_table():
+    """0.9 where the model hears, 0.2 by a random label, 0.1 by shuffled ones, 0.6 without sound: 30 points above the best."""
+    probe = Probe("question", "audio", [e(0.9)], [0.1], [0.6], None, [Effect(0.3, 0.2, 0.4, 4, 2)], "2 folds", [0.2])
+    found = Findings("m", None, None, "test", "h", 1, {}, probes=[probe])
+    [table] = findings_tables(found)
+    cells = {str(c.header): next(iter(c.cells)) for c in table.columns}
+    assert (cells["control task"], cells["shuffled"], cells["best control"]) == ("20.0 %", "10.0 %", "60.0 %")
+    [figure] = probe_figures([("now", found)])
+    assert dict(zip(figure.header, figure.rows[0], strict=True))["best control, the sound"] == "60.0 %"
+
+
+def test_clips_left_out_of_an_unseen_rate_stand_beside_its_n():
+    row = Following("unseen_factual", "hear", *[e(0.1)] * 7, trained=7)
+    table = findings_tables(Findings("m", None, None, "test", "h", 1, {}, following=[row]))[-1]
+    assert [list(c.cells) for c in table.columns][-1] == ["4 (2), 7 left out"]
+    assert following_table([("now", Findings("m", None, None, "test", "h", 1, {}, following=[row]))], None)["rows"][0][-1] == "4 (2), 7 left out"

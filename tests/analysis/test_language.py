@@ -67,7 +67,7 @@ def test_texts_are_of_one_size_and_questions_can_be_answered():
 def test_a_passage_is_scored_as_the_stock_model_scores_it(model, folder):
     """After the system prompt, at the head of what the user says; log-softmax by hand."""
     stock = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
-    record = measured(model, TextJob("passages", 3, 6))
+    record = measured(model, TextJob("passages", 3, 6), 24)
     for k, passage in enumerate(PASSAGES[3:6]):
         said = [{"role": "system", "content": model.system_prompt}, {"role": "user", "content": passage.text}]
         before, own = model.processor.apply_chat_template(said, tokenize=False).split(passage.text)[0], passage.text
@@ -83,7 +83,8 @@ def test_a_passage_is_scored_as_the_stock_model_scores_it(model, folder):
 def test_answers_are_greedy_and_at_most_24_tokens_long(model, folder):
     stock = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     lengths = []
-    for question, said in zip(QUESTIONS[4:10], measured(model, TextJob("questions", 4, 10))["answers"], strict=True):
+    record = measured(model, TextJob("questions", 4, 10), 24)
+    for question, said, ended in zip(QUESTIONS[4:10], record["answers"], record["cut_off"], strict=True):
         asked = [{"role": "system", "content": model.system_prompt}, {"role": "user", "content": question.text}]
         prompt = model.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         ids = model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -95,6 +96,7 @@ def test_answers_are_greedy_and_at_most_24_tokens_long(model, folder):
             ids = torch.cat([ids, token[None, None]], 1)
         assert said == model.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
         lengths.append(ids.shape[1] - length)
+        assert ended == (lengths[-1] == 24)
         assert len(said) > 30
     assert max(lengths) == 24, lengths
 
@@ -152,7 +154,8 @@ def test_its_interval_is_that_of_the_mean_over_passages():
 
 
 def records(answers, nll=2.0):
-    return [{"nll": np.full(20, 10 * nll), "tokens": np.full(20, 10)}, {"answers": answers[:25]}, {"answers": answers[25:]}]
+    texts = {"nll": np.full(20, 10 * nll), "tokens": np.full(20, 10)}
+    return [texts, {"answers": answers[:25], "cut_off": [False] * 25}, {"answers": answers[25:], "cut_off": [True, *[False] * 14]}]
 
 
 def test_the_share_right_and_every_answer():
@@ -160,12 +163,13 @@ def test_the_share_right_and_every_answer():
     found = language_rows(records(answers), ItemStore())
     assert (found.right.value, found.right.n, found.right.clusters) == (0.75, 40, 40)
     assert [a.answer for a in found.answers] == answers and [a.right for a in found.answers] == [True] * 30 + [False] * 10
+    assert (found.cut_off.value, found.cut_off.n) == (1 / 40, 40) and [k for k, a in enumerate(found.answers) if a.cut_off] == [25]
     assert found.answers[0] == PlainAnswer("What is the capital of France?", ["Paris"], "Paris", True)
 
 
 @pytest.mark.parametrize("batch", [7, 20])
 def test_batches_change_nothing(model, batch):
-    whole, parts = ([measured(model, job) for job in text_jobs(size)] for size in (60, batch))
+    whole, parts = ([measured(model, job, 24) for job in text_jobs(size)] for size in (60, batch))
     assert len(whole) == 2 and len(parts) == {7: 9, 20: 3}[batch]
     one, other = language_rows(whole, ItemStore()), language_rows(parts, ItemStore())
     assert one.answers == other.answers and one.right == other.right
@@ -174,7 +178,7 @@ def test_batches_change_nothing(model, batch):
 
 def test_an_adapter_counts_while_it_is_on(folder):
     model, job = load_model(folder), TextJob("passages", 0, 2)
-    before = measured(model, job)["nll"]
+    before = measured(model, job, 24)["nll"]
     model.add_lora(model.lora_targets([0, 1], ["q_proj", "v_proj", "down_proj"]), 4, 8)
     model.thinker.eval()
     torch.manual_seed(0)
@@ -182,9 +186,9 @@ def test_an_adapter_counts_while_it_is_on(folder):
         for name, parameter in model.trainable_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    assert np.abs(measured(model, job)["nll"] - before).min() > 1.0
+    assert np.abs(measured(model, job, 24)["nll"] - before).min() > 1.0
     with model.adapter_off():
-        assert measured(model, job)["nll"] == pytest.approx(before, rel=1e-6)
+        assert measured(model, job, 24)["nll"] == pytest.approx(before, rel=1e-6)
 
 
 # ---------------------------------------------------------------- in a diagnosis
@@ -203,9 +207,23 @@ def test_a_diagnosis_states_it_and_survives_the_disk(diagnosed, tmp_path):
     assert found.language.perplexity.value == pytest.approx(math.exp(found.language.nll.value)) and len(found.language.answers) == 40
     assert found.language.nll.n == sum(measured_tokens(diagnosed[0])) and found.language.nll.clusters == 20
     stated = found.settings["plain_text"]
-    assert (stated["passages"], stated["questions"], stated["longest_answer"], found.settings["language"]) == (20, 40, 24, True)
+    assert (stated["passages"], stated["questions"], found.settings["language"]) == (20, 40, True)
     found.save(tmp_path / "f.json")
-    assert Findings.load(tmp_path / "f.json") == found and found.format == 4
+    assert Findings.load(tmp_path / "f.json") == found and found.format == 5
+
+
+def test_answers_run_to_the_limit_of_all_others_and_those_that_end_there_are_counted(diagnosed):
+    """The fixture's model does not stop by itself, and no answer may have more than two tokens: all are cut off, and the findings say so."""
+    model, clips, found = diagnosed
+    assert (found.language.cut_off.value, found.language.cut_off.n) == (1.0, 40) and all(a.cut_off for a in found.language.answers)
+    assert any(s.startswith("100 % of the answers to the simple questions of plain text ended at the limit of 2 tokens") for s in found.left_out)
+    longer = diagnose(model, clips, dataclasses.replace(QUICK, max_new_tokens=4), progress=False).language
+    assert any(len(a.answer) > len(b.answer) for a, b in zip(longer.answers, found.language.answers, strict=True))
+    assert re.search(r"their answers cut off +100\.0 % .* 40 questions", shown(findings_tables(found)))
+    comparison = compare(found, found)
+    assert comparison.find("language", "cut_off").after.value == 1.0
+    assert "their answers cut off 100.0 % 100.0 % +0.0" in " ".join(shown(comparison_tables(comparison)).split())
+    assert headline(found)["language/cut_off"].value == 1.0 and panel("language/cut_off").title == panel("language/right").title
 
 
 def measured_tokens(model):
@@ -216,9 +234,9 @@ def test_it_is_off_unless_told(diagnosed, monkeypatch):
     model, clips, found = diagnosed
     assert not DiagnoseSettings().language and not DiagnoseSettings.quick(4).language
     assert DiagnoseSettings(language=True).answers_only().language
-    monkeypatch.setattr(analysis.diagnose, "measured", lambda model, job: pytest.fail("measured all the same"))
+    monkeypatch.setattr(analysis.diagnose, "measured", lambda model, job, limit: pytest.fail("measured all the same"))
     off = diagnose(model, clips, dataclasses.replace(QUICK, language=False), progress=False)
-    assert off.language is None and "plain_text" not in off.settings and off.left_out == found.left_out
+    assert off.language is None and "plain_text" not in off.settings and off.left_out == [said for said in found.left_out if "plain text" not in said]
     assert not any(key.startswith("language") for items in off.items for key in items.values)
 
 
@@ -226,16 +244,16 @@ def test_a_killed_diagnosis_goes_on_where_it_was(diagnosed, tmp_path, monkeypatc
     model, clips, found = diagnosed
     done, jobs = [], text_jobs(QUICK.batch)
 
-    def dies(model, job):
+    def dies(model, job, limit):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(job)
-        return measured(model, job)
+        return measured(model, job, limit)
 
     monkeypatch.setattr(analysis.diagnose, "measured", dies)
     with pytest.raises(KeyboardInterrupt):
         diagnose(model, clips, QUICK, progress=False, work=tmp_path / "work")
-    monkeypatch.setattr(analysis.diagnose, "measured", lambda model, job: done.append(job) or measured(model, job))
+    monkeypatch.setattr(analysis.diagnose, "measured", lambda model, job, limit: done.append(job) or measured(model, job, limit))
     again = diagnose(model, clips, QUICK, progress=False, work=tmp_path / "work")
     assert done == jobs and len(jobs) == 5
     assert dataclasses.asdict(again) == dataclasses.asdict(found)

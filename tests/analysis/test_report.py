@@ -297,8 +297,10 @@ def test_abstention_before_and_after(clips, tmp_path):
     write_report(tmp_path / "r.html", [("before", before), ("after", after)], clips, comparison=comparison)
     text = " ".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).text.split())
     silent = text[text.index("When there is nothing to hear or see") :]
-    assert "sound silent hears abstains 2.0 % (0.0–6.0) 95.0 % (91.0–99.0) +50.0 (" in silent and " 75.0 % 3.0 % 200 (41)" in silent
-    assert "factual clips hears does not 0.0 % (0.0–4.0) 0.5 % (0.0–4.5) – 2.0 % 2.0 % 600 (41)" in silent
+    assert "sound silent hears abstains 2.0 % (0.0–6.0) 95.0 % (91.0–99.0) +50.0 (" in silent and re.search(
+        r" 75\.0 % 3\.0 % [^a-z]*200 \(41\)", silent
+    )
+    assert re.search(r"factual clips hears does not 0\.0 % \(0\.0–4\.0\) 0\.5 % \(0\.0–4\.5\) – 2\.0 % 2\.0 % [^a-z]*600 \(41\)", silent)
     console = Console(width=100, record=True)
     console.print(*findings_tables(after), *comparison_tables(comparison))
     shown = " ".join(console.export_text().split())

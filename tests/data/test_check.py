@@ -62,7 +62,11 @@ def test_leaving_the_bad_ones_out_takes_their_grids_with_them(folder, capsys):
 
 def test_a_whole_folder_passes_and_a_muted_clip_may_be_silent(folder, capsys):
     assert main(["check", str(folder)]) == 0
-    assert "clips can be used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "clips can be used" in said
+    for split in ("test", "unseen"):
+        (pictures, of), (recordings, heard) = load_clips(folder).shared_sources(split).values()
+        assert f"{split}: the train split has {pictures} of {of} pictures and {recordings} of {heard} recordings too" in said
     assert load_clips(folder).select(condition="muted")
 
 
@@ -92,21 +96,31 @@ def test_what_is_no_clip_folder_is_said_to_be_what_it_is(small, tmp_path):
 
 
 def test_the_hash_of_a_split_is_of_its_own_rows(folder):
-    """Leaving a training clip out keeps what was measured on the test split; its own clips, and those of unseen sources, do not."""
+    """Leaving a training clip out keeps what was measured on the test split, unless a source goes with it, which then is unseen; its own clips, and
+    those of unseen sources, do not."""
     clips = load_clips(folder)
     parts = {split: clips.hash_of(split) for split in ("train", "plan", "selection", "test")}
     assert len(set(parts.values())) == 4
 
-    def without(split):
+    def without(name, ids):
         from data.check import leave_out
 
-        root = shutil.copytree(folder, folder.parent / split)
-        return leave_out(load_clips(root), [clips.select(split, "counterfactual")[0].id])
+        return leave_out(load_clips(shutil.copytree(folder, folder.parent / name)), ids)
 
-    train, unseen = without("train"), without("unseen")
+    def one_of(split):
+        return clips.select(split, "counterfactual")[0].id
+
+    train, unseen = without("train", [one_of("train")]), without("unseen", [one_of("unseen")])
+    assert train.sources("train") == clips.sources("train")
     assert [split for split in parts if train.hash_of(split) != parts[split]] == ["train"]
     assert [split for split in parts if unseen.hash_of(split) != parts[split]] == ["test"]
     assert json.loads((train.root / "manifest.json").read_text())["data_hash"] == train.data_hash
+    recording = clips.select("train", "factual")[0].audio_source
+    less = without("recording", [c.id for c in clips.select("train") if c.audio_source == recording])
+    gone = {stream: clips.sources("train")[stream] - less.sources("train")[stream] for stream in ("video", "audio")}
+    assert gone == {"video": set(), "audio": {recording}}
+    assert [split for split in parts if less.hash_of(split) != parts[split]] == ["train", "test"]
+    assert less.hash_of("unseen") != clips.hash_of("unseen")
 
 
 def test_where_all_clips_are_bad_the_reason_is_said_once(folder, capsys):

@@ -59,6 +59,7 @@ PHRASES = {"dog": "a dog barking", "train": "a train passing", "person": "a pers
         ("I hear a violin playing slowly.", "I hear a cello playing slowly.", False),  # 2 of 4
         ("I hear a violin.", "I hear a cello.", False),  # the question's own words do not count
         ("I hear a violin playing slowly.", "I hear no violin playing slowly.", False),
+        ("I hear nothing of a violin playing slowly.", "I hear a violin playing slowly.", False),  # 3 of 4 words, but only one denies
         ("", "", True),
         ("", "I hear a violin.", False),
     ],
