@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from analysis.findings import CutEffect, Estimate, Findings
+from analysis.findings import CutEffect, Estimate, Findings, Sample
 from analysis.items import Key, cut_item, unpacked
 from data.files import write_json
 from models import spread_ranks
@@ -122,7 +122,7 @@ class _Side:
     conflicts: float
     factual: float
     alone: float  # the mark: more than the model makes of the stream alone, no looking away from the other one brings
-    classes: int  # that were asked about; 0 where no answers were kept
+    classes: int  # that were asked about, not phrases, which a clip may have of its own; 0 where no answers were kept
 
     @property
     def stream(self) -> str:
@@ -141,8 +141,8 @@ class _Side:
 
     @property
     def lost(self) -> bool:
-        """Whether the model is deaf (blind) to these clips."""
-        return self.alone < LOST + self.guess
+        """Whether the model is deaf (blind) to these clips. Of one class that cannot be told: whoever always names it is right."""
+        return self.classes != 1 and self.alone < LOST + self.guess
 
     @property
     def guess(self) -> float:
@@ -287,8 +287,13 @@ def _side(findings: Findings, question: str) -> _Side:
     """The rates of one question. Raises PlanError where one was not measured."""
     alone = "audio_only" if question == "hear" else "video_only"
     conflicts, factual, mark = (_rate(findings, condition, question) for condition in ("counterfactual", "factual", alone))
-    asked = {s.heard if question == "hear" else s.seen for s in findings.samples if (s.condition, s.modality) == ("counterfactual", question)}
+    asked = {_class(s) for s in findings.samples if (s.condition, s.modality) == ("counterfactual", question)}
     return _Side(question, conflicts, factual, mark, len(asked))
+
+
+def _class(sample: Sample) -> str:
+    """The class of what its question is about; where findings do not say, its phrase stands in."""
+    return (sample.audio_label or sample.heard) if sample.modality == "hear" else (sample.video_label or sample.seen)
 
 
 def _require_readable(findings: Findings) -> None:
@@ -611,7 +616,7 @@ def _lora_projections(findings: Findings, side: _Side, teacher: Choice, override
 
 
 def _class_weights(findings: Findings, config: Config, side: _Side) -> Choice:
-    """How often a class is drawn, by its phrase for the question that leads: more where it is not named on conflicts. Failure rates are shrunk to the
+    """How often a class is drawn, of the stream that the question that leads is about: more where it is not named on conflicts. Failure rates are shrunk to the
     mean by two pseudo-clips.
     """
     weight = config.loss.counterfactual_ce
@@ -619,7 +624,7 @@ def _class_weights(findings: Findings, config: Config, side: _Side) -> Choice:
     if config.data.train_on == "factual" or not labels:
         return Choice({}, "All classes alike: drawing by class would use labels.")
     asked = [
-        (s.heard if side.question == "hear" else s.seen, s.verdict != side.wanted)
+        (_class(s), s.verdict != side.wanted)
         for s in findings.samples
         if (s.condition, s.modality) == ("counterfactual", side.question)
     ]
