@@ -24,6 +24,7 @@ from rich.table import Table
 
 from analysis.findings import CutEffect, Estimate, Findings, Sample
 from analysis.items import Key, cut_item, unpacked
+from analysis.settings import DiagnoseSettings
 from data.files import write_json
 from models import spread_ranks
 from models.attention import Cut
@@ -319,7 +320,8 @@ def _require_readable(findings: Findings) -> None:
     quoted = " and ".join(repr(answer) for answer in list(dict.fromkeys(s.answer for s in shown))[:2])
     mend = []
     if ended:
-        mend.append(f"let answers be longer (--diagnosis.plan.max-new-tokens, now {findings.settings.get('max_new_tokens', '24')})")
+        limit = findings.settings.get("longest_answer", {}).get("hear", DiagnoseSettings.max_new_tokens)
+        mend.append(f"let answers be longer (--diagnosis.plan.max-new-tokens, now {limit})")
     if unread:
         mend.append(
             "give the labels' other wordings as synonyms in the clip folder's manifest.json, or use clips whose classes the model has words for"
@@ -380,6 +382,7 @@ def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
     by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts.values())
     tried, helping = 0, 0
     found: list[tuple[float, float, str, str]] = []
+    nearest: tuple[float, float, float] | None = None  # of the cut that gains most: gain, named under it, and uncut on its clips
     guards: list[tuple[float, float, str, str]] = []
     for name, effect in conflicts.items():
         measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin
@@ -387,6 +390,8 @@ def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
             continue
         tried += 1
         uncut = _uncut(findings, effect, wanted, side.conflicts)
+        if by_rate:
+            nearest = max(nearest or (-math.inf, 0.0, 0.0), (measured.value - uncut, measured.value, uncut))
         helps = measured.low > (uncut if by_rate else 0.0)
         helping += helps
         beside = rows.get((name, "factual"))
@@ -419,8 +424,10 @@ def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
         most = f"{_percent(MOST_COST)} and than half of what it gains" if by_rate else f"{MOST_COST_NATS} nats a token"
         harms = f"harms factual clips too much (by more than {most})"
         return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each {harms} or was not measured on them.")
-    before = _percent(side.conflicts)
-    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({before}).")
+    if nearest is None:
+        return Choice(None, f"None of {tried} cuts of {source} raises the margin of the true {stream} with its interval above 0.")
+    most = f"the one that gains most names it in {_percent(nearest[1])} of the conflicts it was answered on, uncut {_percent(nearest[2])}"
+    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model: {most}.")
 
 
 def _uncut(findings: Findings, effect: CutEffect, measure: str, otherwise: float) -> float:

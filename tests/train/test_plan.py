@@ -159,7 +159,12 @@ def test_no_helpful_cut_is_refused_with_what_to_do():
         cut("video->emitters", 0, 8, "counterfactual", "hear", 0.21, 0.0),
         cut("video->emitters", 0, 8, "factual", "hear", 0.99, 0.0),
     ]
-    with pytest.raises(PlanError, match=r"None of 1 cuts of video names the true sound.*--loss.teacher-cut"):
+    with pytest.raises(PlanError, match=r"None of 1 cuts of video names the true sound.*21.0 % of.*uncut 20.0 %.*--loss.teacher-cut"):
+        make_plan(findings, Config())
+    # Answered on 20 of the conflicts, of which 5 are right uncut and 4 under the cut: that is what the rate is to be compared with.
+    findings.items = [answered("counterfactual", "hear", {f"c{i}" for i in range(5)})]
+    findings.items.append(answered("counterfactual", "hear", {f"c{i}" for i in range(4)}, findings.knockout[0]))
+    with pytest.raises(PlanError, match=r"names it in 21.0 % of the conflicts it was answered on, uncut 25.0 %"):
         make_plan(findings, Config())
     assert "distillation" not in make_plan(findings, Config(loss=LossPart(distillation=0))).weights()
 
