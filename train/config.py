@@ -256,7 +256,9 @@ class SchedulePart:
 class DiagnosisPart:
     """What is measured on which split. The settings of each are those of `python -m analysis diagnose`."""
 
-    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, alone=None, language=True, knockout=80, knockout_factual=60, knockout_curves=PLAN_CURVES))
+    plan: DiagnoseSettings = field(
+        default_factory=lambda: DiagnoseSettings.quick(120, alone=None, language=True, knockout=80, knockout_factual=60, knockout_curves=PLAN_CURVES)
+    )
     """On the plan split: what the plan is made from. Each stream alone is the mark that gaps are taken to, plain text says whether there is
     language to keep."""
     selection: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120))

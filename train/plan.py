@@ -320,7 +320,7 @@ def _require_readable(findings: Findings) -> None:
     quoted = " and ".join(repr(answer) for answer in list(dict.fromkeys(s.answer for s in shown))[:2])
     mend = []
     if ended:
-        limit = findings.settings.get("longest_answer", {}).get("hear", DiagnoseSettings.max_new_tokens)
+        limit = findings.settings.get("max_new_tokens", DiagnoseSettings.max_new_tokens)
         mend.append(f"let answers be longer (--diagnosis.plan.max-new-tokens, now {limit})")
     if unread:
         mend.append(
@@ -630,11 +630,7 @@ def _class_weights(findings: Findings, config: Config, side: _Side) -> Choice:
     labels = weight is None or weight > 0 or any(getattr(config.loss, term) for term in ("hinge", "dpo", "base_divergence", "latent_readout"))
     if config.data.train_on == "factual" or not labels:
         return Choice({}, "All classes alike: drawing by class would use labels.")
-    asked = [
-        (_class(s), s.verdict != side.wanted)
-        for s in findings.samples
-        if (s.condition, s.modality) == ("counterfactual", side.question)
-    ]
+    asked = [(_class(s), s.verdict != side.wanted) for s in findings.samples if (s.condition, s.modality) == ("counterfactual", side.question)]
     count, failed = Counter(name for name, _ in asked), Counter(name for name, wrong in asked if wrong)
     mean = failed.total() / len(asked) if asked else 0.0
     if len(asked) < 2 * len(count) or not mean:

@@ -119,7 +119,9 @@ def test_an_answer_that_ends_at_the_limit_agrees_with_nothing_but_itself(clips, 
         found = model.tokenizer(text)["input_ids"]
         return found + [found[-1]] * (limit - len(found)) if long else found
 
-    for ask, (long_uncut, long_cut, other) in zip(hear, ((True, True, False), (True, True, True), (True, False, True), (False, False, True)), strict=True):
+    for ask, (long_uncut, long_cut, other) in zip(
+        hear, ((True, True, False), (True, True, True), (True, False, True), (False, False, True)), strict=True
+    ):
         heard = ask.clip.heard
         answers[ask.clip.id, ask.question, ""] = ids(f"I hear {heard}.", long_uncut)
         said = ids(f"There, quite loud, {heard}." if other else f"I hear {heard}.", long_cut)

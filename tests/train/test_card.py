@@ -68,7 +68,7 @@ def test_labels():
         "stream), the number of steps: chosen on at most 120 labelled conflicts (at most 80 for the cuts) and at most 120 labelled factual clips of "
         "the plan split (with both streams and with one alone). The checkpoint: chosen by right answers on the selection split.\n"
     ) in text
-    diagnosis = DiagnosisPart(plan=DiagnoseSettings.quick(None, knockout=32))
+    diagnosis = DiagnosisPart(plan=DiagnoseSettings.quick(None, alone=None, knockout=32))
     set_here = Config(schedule=SchedulePart(steps=60, checkpoint_every=-1), loss=LossPart(mirror=0.0), diagnosis=diagnosis)
     text = card("x", CHECKPOINT, set_here, make_plan(biased(), set_here), BEFORE, AFTER)
     assert (

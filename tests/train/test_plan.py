@@ -162,8 +162,7 @@ def test_no_helpful_cut_is_refused_with_what_to_do():
     with pytest.raises(PlanError, match=r"None of 1 cuts of video names the true sound.*21.0 % of.*uncut 20.0 %.*--loss.teacher-cut"):
         make_plan(findings, Config())
     # Answered on 20 of the conflicts, of which 5 are right uncut and 4 under the cut: that is what the rate is to be compared with.
-    findings.items = [answered("counterfactual", "hear", {f"c{i}" for i in range(5)})]
-    findings.items.append(answered("counterfactual", "hear", {f"c{i}" for i in range(4)}, findings.knockout[0]))
+    findings.items = [answered("counterfactual", "hear", range(5)), answered("counterfactual", "hear", range(4), findings.knockout[0])]
     with pytest.raises(PlanError, match=r"names it in 21.0 % of the conflicts it was answered on, uncut 25.0 %"):
         make_plan(findings, Config())
     assert "distillation" not in make_plan(findings, Config(loss=LossPart(distillation=0))).weights()
@@ -399,6 +398,8 @@ def test_plain_text_is_kept_where_it_is_known():
 def test_by_default_a_plan_measures_what_it_is_made_of():
     plan = Config().diagnosis.plan
     assert plan.language and plan.alone is None
+    for question, source in (("hear", "video"), ("see", "audio")):  # either may lead, so either has its curves to choose a cut from
+        assert {f"{source}->emitters", f"{source}->question+emitters"} <= set(plan.knockout_curves), question
     with pytest.raises(ConfigError, match=r"diagnosis\.plan\.alone is 0"):
         DiagnosisPart(plan=dataclasses.replace(plan, alone=0))
 
