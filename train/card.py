@@ -64,7 +64,8 @@ Step {step}, seed {seed}.
 {rows}
 
 Shares of answers in %, with 95 % intervals that cover other clips of the same kind, not another training run.
-Answers "not read" name nothing known, ones "cut off" end at the token limit: both count as not right. Where a cell says neither, there were none.{trained_on}
+Answers "not read" name nothing known, ones "cut off" end at the token limit: both count as not right.
+Where a cell says neither, there were none.{trained_on}
 
 ```python
 from models import load_model

@@ -111,7 +111,8 @@ class LoRAPart:
     layers: tuple[int, ...] | None = None
     """Decoder layers that get an adapter. None: `choose` decides."""
     choose: Literal["plan", "all", "causal", "random", "complement"] = "plan"
-    """`plan`: the layers up to the last that carries the other stream (the picture, where hear-questions lead) into the answer. The others are controls with as many trained parameters (ranks are
+    """`plan`: the layers up to the last that carries the other stream (the picture, where hear-questions lead) into the answer.
+    The others are controls with as many trained parameters (ranks are
     shared out so): all layers, the causal ones alone, as many as these drawn at random, all but these."""
     projections: tuple[str, ...] | None = None
     """Linear layers in them, from q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. None: the plan decides."""
@@ -180,7 +181,8 @@ class LossPart:
     require_bias: bool = True
     """Refuse to train where the findings show nothing to mend."""
     max_answer_tokens: int = 128
-    """Longest answer a teacher may give. One that is not done then is taught as far as it goes; the share of these is cut_off/<term> in metrics.jsonl."""
+    """Longest answer a teacher may give. One that is not done then is taught as far as it goes; the share of these
+    is cut_off/<term> in metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in TERMS:

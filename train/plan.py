@@ -623,8 +623,8 @@ def _lora_projections(findings: Findings, side: _Side, teacher: Choice, override
 
 
 def _class_weights(findings: Findings, config: Config, side: _Side) -> Choice:
-    """How often a class is drawn, of the stream that the question that leads is about: more where it is not named on conflicts. Failure rates are shrunk to the
-    mean by two pseudo-clips.
+    """How often a class is drawn, of the stream that the question that leads is about: more where it is not named on conflicts. Failure
+    rates are shrunk to the mean by two pseudo-clips.
     """
     weight = config.loss.counterfactual_ce
     labels = weight is None or weight > 0 or any(getattr(config.loss, term) for term in ("hinge", "dpo", "base_divergence", "latent_readout"))
