@@ -143,7 +143,7 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
 
 
 def _unread(found: dict[str, Estimate], key: str) -> str:
-    """Of the answers behind a rate, the shares that could not be read or were cut off, where there are any. `key`: of analysis.trajectory.headline."""
+    """Of the answers behind a rate, the shares that could not be read or were cut off, where there are any. `key`: of headline."""
     kind, *at = key.split("/")
     if kind not in ("following", "abstention"):
         return ""
