@@ -257,6 +257,8 @@ class Sample:
     video_source: str  # the picture and the recording the clip was made from: what intervals are clustered by
     audio_source: str
     cut_off: bool = False  # the answer ended at the token limit
+    video_label: str = ""  # the classes of `seen` and `heard`, which may be phrases of this clip's own; "" also where nobody said
+    audio_label: str = ""
 
     @property
     def correct(self) -> bool:

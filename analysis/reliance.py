@@ -84,6 +84,8 @@ class FollowingTally(Tally):
                         video_source=clip.video_source,
                         audio_source=clip.audio_source,
                         cut_off=ended,
+                        video_label=clip.video_label,
+                        audio_label=clip.audio_label,
                     )
                 )
 

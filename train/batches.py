@@ -33,14 +33,16 @@ from train.sampling import Ask, Group
 @dataclass
 class Part:
     """What one term looks at. rows: answers of the batch; asked: how many there could be (answers that are not taught count as 0 in the mean);
-    gated: how many of these are not taught because of `loss.gate`; against: a second answer for each; reference: what the frozen model makes of them:
-    logits (answers, tokens, vocabulary), states (layers, answers, tokens, hidden) or scores (answers, …)."""
+    gated: how many of these are not taught because of `loss.gate`; cut_off: how many, taught or not, the teacher had not ended at the token limit;
+    against: a second answer for each; reference: what the frozen model makes of them: logits (answers, tokens, vocabulary), states (layers, answers,
+    tokens, hidden) or scores (answers, …)."""
 
     rows: list[int] = field(default_factory=list)
     asked: int = 0
     gated: int = 0
     against: list[int] = field(default_factory=list)
     reference: Tensor | None = None
+    cut_off: int = 0
 
 
 @dataclass
@@ -51,18 +53,20 @@ class Micro:
     inputs: dict[str, Any]
     parts: dict[str, list[Part]]
 
-    def counts(self) -> dict[str, tuple[int, int, int]]:
-        """Of each term: answers taught, answers left out by `loss.gate`, answers asked for."""
-        return {
-            term: (sum(len(part.rows) for part in parts), sum(part.gated for part in parts), sum(part.asked for part in parts))
-            for term, parts in self.parts.items()
-        }
+    def counts(self) -> dict[str, tuple[int, int, int, int]]:
+        """Of each term: answers taught, answers left out by `loss.gate`, answers asked for, those of them that end at `loss.max_answer_tokens`."""
+        found = {}
+        for term, parts in self.parts.items():
+            taught, gated = sum(len(part.rows) for part in parts), sum(part.gated for part in parts)
+            found[term] = (taught, gated, sum(part.asked for part in parts), sum(part.cut_off for part in parts))
+        return found
 
 
 Average = Callable[[], AbstractContextManager[None]]
 Answers = dict[tuple[str, str, str], list[int]]  # (what the model is given, question, cut or UNCUT) -> its greedy answer, token ids
 UNCUT = ""
 Names = Callable[[str, Modality], Collection]  # (answer, what its question is about) -> the known events that it names (analysis/events.py)
+SHORT = 24  # tokens that most answers end in; only for the others room is made for more, since fewer of these fit into memory at a time
 SIMILAR = 0.6  # answers that name no known event say the same where they share this part of their words
 GATED = ("distillation", "mirror", "states", *COMPARED, "attention_balance")  # terms that learn the teacher's answers, where they are taught
 ANCHORED = ("retention", "abstention")  # terms that keep what the model said before training, whoever else teaches
@@ -126,7 +130,8 @@ def make_micro(
     The teacher is the model with its adapter off (`average`: a context in which the adapter is its moving average), in evaluation mode, without
     gradients, under the plan's cut, or where loss.teacher says so without the other stream. On factual clips both streams say the same, so where a
     cut changes what the teacher's answer says (`agree`), it has cost it something: such answers are not taught (that a clip is factual is no
-    label, nor is which classes there are). Nor are answers whose tokens the teacher itself gives less than `loss.gate`.
+    label, nor is which classes there are). What would have come after `loss.max_answer_tokens` is not known, so an answer that ends there has
+    changed unless it is the same token by token. Nor are answers taught whose tokens the teacher itself gives less than `loss.gate`.
     """
     weights = plan.weights()
     asks = [ask for group in groups for ask in group.asks]
@@ -152,32 +157,33 @@ def make_micro(
     taught = _to_teach(asks, plan, loss)
     kept: list[tuple[_Taught, Suffix, Tensor, Tensor]] = []
     shut: list[_Taught] = []
+    ended: list[_Taught] = []
     with evaluating(model):
         if average is not None and loss.teacher_weights == "ema":
             with average():  # it says other things at every step; what is to stay as it was is the adapter-off model's
-                found, gated = _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss, names)
-                kept, shut = kept + found, shut + gated
+                kept, shut, ended = _teach(model, [t for t in taught if t.term not in ANCHORED], root, {}, loss, names)
             taught_off = [t for t in taught if t.term in ANCHORED]
         else:
             taught_off = taught
         with model.adapter_off():
-            found, gated = _teach(model, taught_off, root, answers, loss, names)
-            kept, shut = kept + found, shut + gated
+            found, gated, cut = _teach(model, taught_off, root, answers, loss, names)
+            kept, shut, ended = kept + found, shut + gated, ended + cut
     for term in dict.fromkeys(t.term for t in taught):
         mine = [k for k in kept if k[0].term == term]
-        asked, gone = (sum(t.term == term for t in which) for which in (taught, shut))
+        asked, gone, cut_off = (sum(t.term == term for t in which) for which in (taught, shut, ended))
         rows = [pool.add(t.ask, suffix) for t, suffix, *_ in mine]
         if term == "compared":
             for name, cell in zip(COMPARED, ("same", "same", "swapped"), strict=True):
                 if name in weights:
                     other = [pool.add(replace(t.ask, clip=getattr(t.ask, cell)), suffix) for t, suffix, *_ in mine]
-                    parts[name] = [Part(rows, asked, gone, other)]
+                    parts[name] = [Part(rows, asked, gone, other, cut_off=cut_off)]
             continue
         logits = torch.stack([logits for *_, logits, _ in mine]) if mine else None
-        parts[term].append(Part(rows, asked, gone, reference=None if term == "attention_balance" else logits))
+        parts[term].append(Part(rows, asked, gone, reference=None if term == "attention_balance" else logits, cut_off=cut_off))
         if term in ("distillation", "mirror") and "states" in weights:
             start = Cut.parse(mine[0][0].cut).start if mine and loss.teacher == "cut" else 0
-            parts["states"].append(Part(rows, asked, gone, reference=torch.stack([states[start:] for *_, states in mine], 1) if mine else None))
+            states_of = torch.stack([states[start:] for *_, states in mine], 1) if mine else None
+            parts["states"].append(Part(rows, asked, gone, reference=states_of, cut_off=cut_off))
 
     with torch.no_grad(), evaluating(model), model.adapter_off():
         for dpo in parts.get("dpo", []):
@@ -296,11 +302,11 @@ def evaluating(model: AVLLM) -> Iterator[None]:
 @torch.no_grad()
 def _teach(
     model: AVLLM, wanted: Sequence[_Taught], root: Path, answers: Answers, loss: LossPart, names: Names | None
-) -> tuple[list[tuple[_Taught, Suffix, Tensor, Tensor]], list[_Taught]]:
+) -> tuple[list[tuple[_Taught, Suffix, Tensor, Tensor]], list[_Taught], list[_Taught]]:
     """What the frozen model says: those of `wanted` that are taught, each with its answer's suffix, and at its emitters logits (tokens, vocabulary)
-    and states (layers, tokens, hidden), padded alike; and those that only `loss.gate` leaves out."""
+    and states (layers, tokens, hidden), padded alike; those that only `loss.gate` leaves out; and all, taught or not, that end at the token limit."""
     if not wanted:
-        return [], []
+        return [], [], []
     # Uncut, with both streams: to see whether the cut changes the answer.
     plain = [_Taught("", t.ask, t.ask, UNCUT) for t in wanted if t.ask.clip.condition == "factual"]
     jobs = {t.job: t for t in [*wanted, *plain]}
@@ -310,21 +316,29 @@ def _teach(
     order = {key: i for i, key in enumerate(views)}
     media = [model.media(view.clip, root, view.video, view.audio) for view in views.values()]
     prefix = model.prefill(media, [cut for _, cut in views])
-    new = [job for job in jobs if job not in answers]
-    if new:
-        which = [order[view, into_media[cut]] for view, _, cut in new]
-        said = model.generate_ids(prefix, which, [question for _, question, _ in new], [cuts[cut] for *_, cut in new], loss.max_answer_tokens)
-        answers.update(zip(new, said, strict=True))
+    new, told = [job for job in jobs if job not in answers], 0
+    for room in (min(SHORT, loss.max_answer_tokens), loss.max_answer_tokens):
+        new = [job for job in new if job not in answers or _cut_off(answers[job], told)]
+        if new and room > told:
+            which = [order[view, into_media[cut]] for view, _, cut in new]
+            said = model.generate_ids(prefix, which, [question for _, question, _ in new], [cuts[cut] for *_, cut in new], room)
+            answers.update(zip(new, said, strict=True))
+        told = room
     uncut = {(t.ask.given, t.ask.question): answers[t.job] for t in plain}
+    ended = [t for t in wanted if _cut_off(answers[t.job], loss.max_answer_tokens)]
 
     def unchanged(t: _Taught) -> bool:
         """Whether the cut leaves what is said of a factual clip as it is."""
         said, before = answers[t.job], uncut[t.ask.given, t.ask.question]
-        return said == before or agree(_text(model, said), _text(model, before), t.ask.question, t.ask.modality, names)
+        if said == before:
+            return True
+        if any(_cut_off(ids, loss.max_answer_tokens) for ids in (said, before)):
+            return False  # two beginnings that agree say nothing about the ends
+        return agree(_text(model, said), _text(model, before), t.ask.question, t.ask.modality, names)
 
     kept = [i for i, t in enumerate(wanted) if t.ask.clip.condition != "factual" or unchanged(t)]
     if not kept:
-        return [], []
+        return [], [], ended
     passes = {job: k for k, job in enumerate(dict.fromkeys(wanted[i].job for i in kept))}  # terms that want the same answer share its pass
     suffixes = [_own_answer(model, question, answers[given, question, cut], loss.max_answer_tokens) for given, question, cut in passes]
     which = [order[given, into_media[cut]] for given, _, cut in passes]
@@ -340,7 +354,7 @@ def _teach(
             found.append((t, suffixes[k], out.logits[k], states[:, k]))
         else:
             shut.append(t)
-    return found, shut
+    return found, shut, ended
 
 
 def agree(said: str, other: str, question: str, modality: Modality, names: Names | None) -> bool:
@@ -360,6 +374,11 @@ def agree(said: str, other: str, question: str, modality: Modality, names: Names
     return ours & NEGATION_STEMS == theirs & NEGATION_STEMS and len(ours & theirs) >= SIMILAR * len(ours | theirs)
 
 
+def _cut_off(ids: Sequence[int], max_new_tokens: int) -> bool:
+    """Whether the model had not said its end token at the limit."""
+    return len(ids) >= max_new_tokens
+
+
 def _text(model: AVLLM, ids: Sequence[int]) -> str:
     return model.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
@@ -367,7 +386,7 @@ def _text(model: AVLLM, ids: Sequence[int]) -> str:
 def _own_answer(model: AVLLM, question: str, ids: list[int], max_new_tokens: int) -> Suffix:
     """Question rows followed by an answer given as tokens. The end token closes it unless it was cut off at `max_new_tokens`."""
     start = model.suffix(question)
-    said = torch.tensor(ids if len(ids) == max_new_tokens else [*ids, model.end_id])
+    said = torch.tensor(ids if _cut_off(ids, max_new_tokens) else [*ids, model.end_id])
     kinds = torch.full_like(said, int(Kind.EMITTER))
     kinds[-1] = int(Kind.QUESTION)
     return Suffix(torch.cat([start.ids, said]), torch.cat([start.kinds, kinds]), start.first, said, torch.zeros(len(said), dtype=torch.bool))

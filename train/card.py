@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from analysis.findings import Findings
+from analysis.findings import Estimate, Findings
 from analysis.tables import number, percent
 from analysis.trajectory import headline, panel
 from data.files import fsync_folder
@@ -38,11 +38,16 @@ SHOWN = (  # names of analysis.trajectory.headline
 )
 LABELLED = ("counterfactual_ce", "hinge", "dpo", "base_divergence", "latent_readout")  # terms that use a clip's labels
 FOLLOW = {  # choices of the plan that follow from labelled clips of the plan split
+    "leads": "which question leads",
     "teacher_cut": "the teacher's cut",
     "mirror_cut": "the mirror's cut",
     "lora_layers": "which layers get an adapter",
+    "lora_projections": "which projections",
     "distillation": "the weight of distillation",
     "mirror": "the weight of the mirror",
+    "retention": "the weight of retention",
+    "abstention": "the weight of abstention (on clips that lack a stream)",
+    "logprob_invariance": "the weight of log-probability invariance (on grids)",
     "steps": "the number of steps",
     "class_weights": "how often a class is drawn",
 }
@@ -58,7 +63,9 @@ Step {step}, seed {seed}.
 |---|---|---|
 {rows}
 
-Shares of answers in %, with 95 % intervals that cover other clips of the same kind, not another training run.{trained_on}
+Shares of answers in %, with 95 % intervals that cover other clips of the same kind, not another training run.
+Answers "not read" name nothing known, ones "cut off" end at the token limit: both count as not right.
+Where a cell says neither, there were none.{trained_on}
 
 ```python
 from models import load_model
@@ -108,7 +115,8 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
             what = panel(key)
             show = percent if what.rate else number
             of = f" ({new[key].n} clips, {new[key].clusters} sources)" if "unseen" in key else ""
-            rows.append(f"| {what.title}: {what.line}{of} | {show(old[key])} | {show(new[key])} |")
+            before_after = (f"{show(found[key])}{_unread(found, key)}" for found in (old, new))
+            rows.append(f"| {what.title}: {what.line}{of} | {' | '.join(before_after)} |")
     hub_name = None if Path(config.model.path).is_dir() else config.model.path  # the hub would take a folder for a model of its own
     return CARD.format(
         data=ModelCardData(base_model=hub_name, library_name="peft", tags=["lora", "audio-visual", "avbalance"]).to_yaml(),
@@ -134,6 +142,15 @@ def card(name: str, checkpoint: Path, config: Config, plan: Plan, before: Findin
     )
 
 
+def _unread(found: dict[str, Estimate], key: str) -> str:
+    """Of the answers behind a rate, the shares that could not be read or were cut off, where there are any. `key`: of headline."""
+    kind, *at = key.split("/")
+    if kind not in ("following", "abstention"):
+        return ""
+    shares = [(word, found.get(f"{measure}/{at[0]}/{at[1]}")) for measure, word in (("unparsed", "not read"), ("cut_off", "cut off"))]
+    return "".join(f", {100 * share.value:.1f} % {word}" for word, share in shares if share is not None and share.value)
+
+
 def _labels(config: Config, plan: Plan) -> str:
     """What labels were used for: in the losses, and by the diagnoses that the plan and the choice of the checkpoint follow from."""
     weights, asked = plan.weights(), config.diagnosis.plan
@@ -143,7 +160,9 @@ def _labels(config: Config, plan: Plan) -> str:
     chosen = [words for name, words in FOLLOW.items() if name not in off and (choice := getattr(plan, name)).value and not choice.overridden]
     if chosen:
         clips, cut = ("all" if n is None else f"at most {n}" for n in (asked.counterfactual, asked.knockout))
-        of = f"{clips} labelled conflicts of the plan split" + (f" ({cut} for the cuts)" if asked.knockout != 0 else "")
+        factual = "all" if asked.factual is None else f"at most {asked.factual}"
+        of = f"{clips} labelled conflicts" + (f" ({cut} for the cuts)" if asked.knockout != 0 else "")
+        of += f" and {factual} labelled factual clips of the plan split (with both streams and with one alone)"
         names = ", ".join(chosen)
         said.append(f"{names[0].upper()}{names[1:]}: chosen on {of}.")
     if config.schedule.checkpoint_every != -1:

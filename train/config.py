@@ -44,6 +44,8 @@ EXTRA_TERMS = (
     "attention_balance",
 )
 TERMS = PLANNED_TERMS + EXTRA_TERMS
+# Cuts that the plan chooses teachers from: either stream may be the one that covers the other.
+PLAN_CURVES = ("video->emitters", "video->question+emitters", "audio->emitters", "audio->question+emitters")
 COMPARED = ("invariance", "logprob_invariance", "sensitivity")  # terms that compare an answer in two cells of a grid
 
 
@@ -109,7 +111,8 @@ class LoRAPart:
     layers: tuple[int, ...] | None = None
     """Decoder layers that get an adapter. None: `choose` decides."""
     choose: Literal["plan", "all", "causal", "random", "complement"] = "plan"
-    """`plan`: the layers up to the last that carries the picture into the answer. The others are controls with as many trained parameters (ranks are
+    """`plan`: the layers up to the last that carries the other stream (the picture, where hear-questions lead) into the answer.
+    The others are controls with as many trained parameters (ranks are
     shared out so): all layers, the causal ones alone, as many as these drawn at random, all but these."""
     projections: tuple[str, ...] | None = None
     """Linear layers in them, from q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. None: the plan decides."""
@@ -140,7 +143,8 @@ class LossPart:
     states: float | None = None
     """Knockout self-distillation of hidden states, for each of the two distillation terms that is on. No labels."""
     retention: float | None = None
-    """Staying close to the frozen model on see-questions about factual clips. No labels."""
+    """Staying close to the frozen model on factual clips, on the questions that do not lead the plan: see-questions, or hear-questions where those
+    about the picture lead. No labels."""
     abstention: float | None = None
     """Where the sound is muted, the picture blanked or a stream not given: cross-entropy of "nothing" about it, and staying close to the frozen model
     on the stream that is left. That a stream was taken away is no label."""
@@ -176,8 +180,9 @@ class LossPart:
     """Chance that a training clip loses one of its streams, sound or picture alike. A baseline."""
     require_bias: bool = True
     """Refuse to train where the findings show nothing to mend."""
-    max_answer_tokens: int = 24
-    """Longest answer a teacher may give."""
+    max_answer_tokens: int = 128
+    """Longest answer a teacher may give. One that is not done then is taught as far as it goes; the share of these
+    is cut_off/<term> in metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in TERMS:
@@ -253,7 +258,9 @@ class SchedulePart:
 class DiagnosisPart:
     """What is measured on which split. The settings of each are those of `python -m analysis diagnose`."""
 
-    plan: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120, alone=None, language=True, knockout=80, knockout_factual=60))
+    plan: DiagnoseSettings = field(
+        default_factory=lambda: DiagnoseSettings.quick(120, alone=None, language=True, knockout=80, knockout_factual=60, knockout_curves=PLAN_CURVES)
+    )
     """On the plan split: what the plan is made from. Each stream alone is the mark that gaps are taken to, plain text says whether there is
     language to keep."""
     selection: DiagnoseSettings = field(default_factory=lambda: DiagnoseSettings.quick(120))
@@ -263,7 +270,8 @@ class DiagnosisPart:
     retention_bound: float = 0.01
     """How much a checkpoint may lose on factual clips (hear and see), give or take a standard error, and still be chosen: 0.01 is one point."""
     tie: float = 0.01
-    """Checkpoints whose audio-following lies within this of the best count as equal; then see-questions decide, then the later one."""
+    """Checkpoints whose right answers on conflicts lie within this of the best, on the questions that lead the plan, count as equal; then the other
+    questions decide, then the later one."""
 
     def __post_init__(self) -> None:
         for name in ("retention_bound", "tie"):

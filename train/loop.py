@@ -52,7 +52,7 @@ from data.clips import Clips, DataError, load_clips
 from data.files import quiet_libraries, read_jsonl, write_json, write_text
 from data.questions import question
 from models import AVLLM, Cut, CutError, ModelError, load_model, self_check
-from train.batches import GATED, Answers, loss_terms, make_micro
+from train.batches import ANCHORED, GATED, Answers, loss_terms, make_micro
 from train.best import Best, choose_best, stop_reason
 from train.card import save_chosen
 from train.checkpoints import (
@@ -299,7 +299,7 @@ def train(config: Config, plan: Plan, model: AVLLM, clips: Clips, accelerator: A
             group["lr"] = learning_rate(step, steps, schedule)
         groups, sums = sample_step(clips, config, plan, step), dict.fromkeys(weights, 0.0)
         done_so_far: list[Group] = []
-        counts = torch.zeros(len(weights), 3)  # answers taught, left out by the gate, asked for
+        counts = torch.zeros(len(weights), 4)  # answers taught, left out by the gate, asked for, cut off
         parts: list[dict[str, torch.Tensor]] = []
         for part in range(schedule.accumulate):
             mine = share(groups, accelerator.process_index, accelerator.num_processes, part, schedule.accumulate)
@@ -359,13 +359,15 @@ def learning_rate(step: int, steps: int, schedule: SchedulePart) -> float:
 
 def shares(counts: dict[str, Sequence[float]], gate: float) -> dict[str, float]:
     """Of each term's answers the share that was taught in a step (the others count as 0 in its mean): "taught/distillation" and so on. Where there is
-    a gate, of the terms that it bears on, also the share that it left out: "gated/distillation". Terms that asked for nothing are not there.
+    a gate, of the terms that it bears on, also the share that it left out: "gated/distillation". Of the terms that ask the frozen model, the share
+    that it had not ended at loss.max_answer_tokens: "cut_off/distillation". Terms that asked for nothing are not there.
 
-    counts: term -> answers taught, left out by the gate, asked for, of all processes and parts.
+    counts: term -> answers taught, left out by the gate, asked for, ended at the limit, of all processes and parts.
     """
     asked = {name: count for name, count in counts.items() if count[2]}
     taught = {f"taught/{name}": count[0] / count[2] for name, count in asked.items()}
-    return taught | ({f"gated/{name}": count[1] / count[2] for name, count in asked.items() if name in GATED} if gate else {})
+    ended = {f"cut_off/{name}": count[3] / count[2] for name, count in asked.items() if name in (*GATED, *ANCHORED)}
+    return taught | ended | ({f"gated/{name}": count[1] / count[2] for name, count in asked.items() if name in GATED} if gate else {})
 
 
 def status(record: dict[str, float], best: Best | None) -> str:

@@ -22,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from analysis.findings import CutEffect, Estimate, Findings
+from analysis.findings import CutEffect, Estimate, Findings, Sample
 from analysis.items import Key, cut_item, unpacked
+from analysis.settings import DiagnoseSettings
 from data.files import write_json
 from models import spread_ranks
 from models.attention import Cut
@@ -122,7 +123,7 @@ class _Side:
     conflicts: float
     factual: float
     alone: float  # the mark: more than the model makes of the stream alone, no looking away from the other one brings
-    classes: int  # that were asked about; 0 where no answers were kept
+    classes: int  # that were asked about, not phrases, which a clip may have of its own; 0 where no answers were kept
 
     @property
     def stream(self) -> str:
@@ -141,8 +142,8 @@ class _Side:
 
     @property
     def lost(self) -> bool:
-        """Whether the model is deaf (blind) to these clips."""
-        return self.alone < LOST + self.guess
+        """Whether the model is deaf (blind) to these clips. Of one class that cannot be told: whoever always names it is right."""
+        return self.classes != 1 and self.alone < LOST + self.guess
 
     @property
     def guess(self) -> float:
@@ -287,8 +288,13 @@ def _side(findings: Findings, question: str) -> _Side:
     """The rates of one question. Raises PlanError where one was not measured."""
     alone = "audio_only" if question == "hear" else "video_only"
     conflicts, factual, mark = (_rate(findings, condition, question) for condition in ("counterfactual", "factual", alone))
-    asked = {s.heard if question == "hear" else s.seen for s in findings.samples if (s.condition, s.modality) == ("counterfactual", question)}
+    asked = {_class(s) for s in findings.samples if (s.condition, s.modality) == ("counterfactual", question)}
     return _Side(question, conflicts, factual, mark, len(asked))
+
+
+def _class(sample: Sample) -> str:
+    """The class of what its question is about; where findings do not say, its phrase stands in."""
+    return (sample.audio_label or sample.heard) if sample.modality == "hear" else (sample.video_label or sample.seen)
 
 
 def _require_readable(findings: Findings) -> None:
@@ -314,7 +320,8 @@ def _require_readable(findings: Findings) -> None:
     quoted = " and ".join(repr(answer) for answer in list(dict.fromkeys(s.answer for s in shown))[:2])
     mend = []
     if ended:
-        mend.append(f"let answers be longer (--diagnosis.plan.max-new-tokens, now {findings.settings.get('max_new_tokens', '24')})")
+        limit = findings.settings.get("max_new_tokens", DiagnoseSettings.max_new_tokens)
+        mend.append(f"let answers be longer (--diagnosis.plan.max-new-tokens, now {limit})")
     if unread:
         mend.append(
             "give the labels' other wordings as synonyms in the clip folder's manifest.json, or use clips whose classes the model has words for"
@@ -375,6 +382,7 @@ def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
     by_rate = any(_value(getattr(e, wanted)) is not None for e in conflicts.values())
     tried, helping = 0, 0
     found: list[tuple[float, float, str, str]] = []
+    nearest: tuple[float, float, float] | None = None  # of the cut that gains most: gain, named under it, and uncut on its clips
     guards: list[tuple[float, float, str, str]] = []
     for name, effect in conflicts.items():
         measured: Estimate | None = getattr(effect, wanted) if by_rate else effect.delta_margin
@@ -382,6 +390,8 @@ def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
             continue
         tried += 1
         uncut = _uncut(findings, effect, wanted, side.conflicts)
+        if by_rate:
+            nearest = max(nearest or (-math.inf, 0.0, 0.0), (measured.value - uncut, measured.value, uncut))
         helps = measured.low > (uncut if by_rate else 0.0)
         helping += helps
         beside = rows.get((name, "factual"))
@@ -414,8 +424,10 @@ def _best_cut(findings: Findings, side: _Side, guard: bool) -> Choice:
         most = f"{_percent(MOST_COST)} and than half of what it gains" if by_rate else f"{MOST_COST_NATS} nats a token"
         harms = f"harms factual clips too much (by more than {most})"
         return Choice(None, f"Of {tried} cuts of {source} {helping} help, but each {harms} or was not measured on them.")
-    before = _percent(side.conflicts)
-    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model ({before}).")
+    if nearest is None:
+        return Choice(None, f"None of {tried} cuts of {source} raises the margin of the true {stream} with its interval above 0.")
+    most = f"the one that gains most names it in {_percent(nearest[1])} of the conflicts it was answered on, uncut {_percent(nearest[2])}"
+    return Choice(None, f"None of {tried} cuts of {source} names the true {stream} with its interval above the uncut model: {most}.")
 
 
 def _uncut(findings: Findings, effect: CutEffect, measure: str, otherwise: float) -> float:
@@ -611,18 +623,14 @@ def _lora_projections(findings: Findings, side: _Side, teacher: Choice, override
 
 
 def _class_weights(findings: Findings, config: Config, side: _Side) -> Choice:
-    """How often a class is drawn, by its phrase for the question that leads: more where it is not named on conflicts. Failure rates are shrunk to the
-    mean by two pseudo-clips.
+    """How often a class is drawn, of the stream that the question that leads is about: more where it is not named on conflicts. Failure
+    rates are shrunk to the mean by two pseudo-clips.
     """
     weight = config.loss.counterfactual_ce
     labels = weight is None or weight > 0 or any(getattr(config.loss, term) for term in ("hinge", "dpo", "base_divergence", "latent_readout"))
     if config.data.train_on == "factual" or not labels:
         return Choice({}, "All classes alike: drawing by class would use labels.")
-    asked = [
-        (s.heard if side.question == "hear" else s.seen, s.verdict != side.wanted)
-        for s in findings.samples
-        if (s.condition, s.modality) == ("counterfactual", side.question)
-    ]
+    asked = [(_class(s), s.verdict != side.wanted) for s in findings.samples if (s.condition, s.modality) == ("counterfactual", side.question)]
     count, failed = Counter(name for name, _ in asked), Counter(name for name, wrong in asked if wrong)
     mean = failed.total() / len(asked) if asked else 0.0
     if len(asked) < 2 * len(count) or not mean:

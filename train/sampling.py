@@ -106,8 +106,8 @@ def _cells(clips: Clips, config: Config, plan: Plan, rng: np.random.Generator) -
         return [([factual[i] for i in chosen[at : at + 4]], False) for at in range(0, len(chosen), 4)]
     grids: list[Grid] = dosed([g for g in clips.grids if g.split == "train"], config.data.dose, seed)
     weight = plan.class_weights.value
-    phrase = "heard" if plan.leads.value == "hear" else "seen"
-    share_of = np.array([sum(weight.get(getattr(by_id[cell], phrase), 1.0) for cell in (g.oo, g.xx)) for g in grids])
+    label = "audio_label" if plan.leads.value == "hear" else "video_label"
+    share_of = np.array([sum(weight.get(getattr(by_id[cell], label), 1.0) for cell in (g.oo, g.xx)) for g in grids])
     count = {"grids": 1, "one_swap": 2, "shuffled": 4}[config.data.train_on] * size
     drawn = [grids[i] for i in rng.choice(len(grids), size=count, replace=len(grids) < count, p=share_of / share_of.sum())]
     if config.data.train_on == "grids":

@@ -93,6 +93,7 @@ def test_what_is_followed_equals_greedy_decoding_without_a_cache(subject, clips,
             assert getattr(row, name).value == pytest.approx(np.mean([v == name for v in verdicts])), (condition, modality, name)
         samples = [s for s in tally.samples if (s.condition, s.modality) == (condition, modality)]
         assert [(s.answer, s.verdict) for s in samples] == list(zip(said, verdicts, strict=True))
+        assert [(s.video_label, s.audio_label) for s in samples] == [(c.video_label, c.audio_label) for c in asked]
         assert row.correct.value == pytest.approx(np.mean([s.correct for s in samples]))
         assert sum(getattr(row, name).value for name in VERDICTS) == pytest.approx(1)
         assert row.audio.n == len(asked)

@@ -99,7 +99,7 @@ def test_an_answer_in_other_words_is_taught_where_the_clip_is_factual(clips, fac
         _text(model, [t for t in micro.batch.targets[row].tolist() if t not in (-100, model.end_id)]) for row in micro.parts["distillation"][0].rows
     ]
     assert said == [f"I hear {hear[0].clip.heard}.", f"There, quite loud, {hear[1].clip.heard}."]
-    assert micro.counts() == {"distillation": (2, 0, 4), "states": (2, 0, 4)}
+    assert micro.counts() == {"distillation": (2, 0, 4, 0), "states": (2, 0, 4, 0)}
     # What is not taught counts as 0 in the mean: the term is half of what it is for the two alone.
     alone = dataclasses.replace(group, asks=tuple(hear[:2]))
     both, two = (
@@ -107,6 +107,54 @@ def test_an_answer_in_other_words_is_taught_where_the_clip_is_factual(clips, fac
         for g in (group, alone)
     )
     torch.testing.assert_close(both["distillation"], two["distillation"] / 2)
+
+
+def test_an_answer_that_ends_at_the_limit_agrees_with_nothing_but_itself(clips, factual_config, plan, model):
+    """Four answers about factual clips that name the true sound. Three are not done at the limit, uncut, cut or both; of these only the one that is
+    the same token by token may be compared. Under the cut two end there."""
+    [group] = sample_step(clips, factual_config, hear_only(plan), 0)[:1]
+    hear, answers, limit = [a for a in plain(group) if a.modality == "hear"], {}, 40
+    phrases = {name: heard for name, (_, heard) in clips.labels().items()}
+
+    def ids(text, long):
+        found = model.tokenizer(text)["input_ids"]
+        return found + [found[-1]] * (limit - len(found)) if long else found
+
+    for ask, (long_uncut, long_cut, other) in zip(
+        hear, ((True, True, False), (True, True, True), (True, False, True), (False, False, True)), strict=True
+    ):
+        heard = ask.clip.heard
+        answers[ask.clip.id, ask.question, ""] = ids(f"I hear {heard}.", long_uncut)
+        said = ids(f"There, quite loud, {heard}." if other else f"I hear {heard}.", long_cut)
+        answers[ask.clip.id, ask.question, plan.teacher_cut.value] = said
+    loss = LossPart(max_answer_tokens=limit)
+    micro = make_micro(model, [group], clips.root, plan, loss, answers, names=lambda answer, modality: named(answer, phrases))
+    targets = [[t for t in micro.batch.targets[row].tolist() if t != -100] for row in micro.parts["distillation"][0].rows]
+    assert targets == [
+        answers[hear[0].clip.id, hear[0].question, plan.teacher_cut.value],  # as far as it goes: no end token
+        [*answers[hear[3].clip.id, hear[3].question, plan.teacher_cut.value], model.end_id],
+    ]
+    assert micro.counts() == {"distillation": (2, 0, 4, 2), "states": (2, 0, 4, 2)}
+
+
+def test_a_long_answer_is_heard_to_its_end_and_a_short_one_makes_no_room_for_it(clips, config, plan, model, monkeypatch):
+    """By default 128 tokens; what is done within 24 is not generated again. The random model talks on and on, so all of it is."""
+    groups, generate, rooms = sample_step(clips, config, hear_only(plan), 0), model.generate_ids, []
+    asks = [a for a in questions(groups) if a.modality == "hear"]
+    groups = [dataclasses.replace(groups[0], asks=tuple(asks[:2]))]
+
+    def counted(prefix, which, asked, cuts, room):
+        rooms.append((len(which), room))
+        said = generate(prefix, which, asked, cuts, room)
+        return [ids if i else ids[:5] for i, ids in enumerate(said)] if room == 24 else said  # the first is done after 5 tokens
+
+    monkeypatch.setattr(model, "generate_ids", counted)
+    answers = {}
+    micro = make_micro(model, groups, clips.root, plan, LossPart(), answers)
+    (jobs, first), (left, second) = rooms
+    lengths = sorted(map(len, answers.values()))
+    assert (first, second, left) == (24, 128, jobs - 1) and lengths == [5, *[128] * left]
+    assert micro.counts()["distillation"][3] == sum(len(answers[a.clip.id, a.question, plan.teacher_cut.value]) == 128 for a in asks[:2])
 
 
 def test_a_gate_that_leaves_the_longest_answers_out(clips, config, plan, model):
@@ -125,7 +173,7 @@ def test_a_gate_that_leaves_the_longest_answers_out(clips, config, plan, model):
     sure = (logp.sum(1) / (targets != -100).sum(1)).exp()
     assert int(sure.argmin()) == 0
     gated = make_micro(model, groups, clips.root, plan, dataclasses.replace(loss, gate=float(sure.sort().values[1]) * 0.999), answers)
-    assert gated.counts() == {"distillation": (3, 1, 4), "states": (3, 1, 4)}
+    assert gated.counts() == {"distillation": (3, 1, 4, 1), "states": (3, 1, 4, 1)}
     terms = terms_of(model, gated, plan)
     shorter = [dataclasses.replace(groups[0], asks=tuple(conflicts[1:]))]
     wanted = terms_of(model, make_micro(model, shorter, clips.root, plan, loss, answers), plan)

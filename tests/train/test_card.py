@@ -4,7 +4,7 @@ from pathlib import Path
 
 from analysis.findings import Estimate, Findings, Reliance, Sources
 from analysis.settings import DiagnoseSettings
-from tests.train.findings_by_hand import biased, effect, following
+from tests.train.findings_by_hand import biased, effect, estimate, following
 from train.card import card
 from train.config import Config, DataPart, DiagnosisPart, LossPart, SchedulePart
 from train.plan import make_plan
@@ -63,14 +63,29 @@ def test_labels():
     config = Config(data=DataPart(train_on="factual"))
     text = card("x", CHECKPOINT, config, make_plan(biased(), config), BEFORE, AFTER)
     assert (
-        "- **Labels**: no label is in the losses. The teacher's cut, the mirror's cut, which layers get an adapter, the weight of distillation, the "
-        "weight of the mirror, the number of steps: chosen on at most 120 labelled conflicts of the plan split (at most 80 for the cuts). "
-        "The checkpoint: chosen by right answers on the selection split.\n"
+        "- **Labels**: no label is in the losses. Which question leads, the teacher's cut, the mirror's cut, which layers get an adapter, which "
+        "projections, the weight of distillation, the weight of the mirror, the weight of retention, the weight of abstention (on clips that lack a "
+        "stream), the number of steps: chosen on at most 120 labelled conflicts (at most 80 for the cuts) and at most 120 labelled factual clips of "
+        "the plan split (with both streams and with one alone). The checkpoint: chosen by right answers on the selection split.\n"
     ) in text
-    diagnosis = DiagnosisPart(plan=DiagnoseSettings.quick(None, knockout=32))
+    diagnosis = DiagnosisPart(plan=DiagnoseSettings.quick(None, alone=None, knockout=32))
     set_here = Config(schedule=SchedulePart(steps=60, checkpoint_every=-1), loss=LossPart(mirror=0.0), diagnosis=diagnosis)
     text = card("x", CHECKPOINT, set_here, make_plan(biased(), set_here), BEFORE, AFTER)
     assert (
-        "- **Labels**: used by counterfactual_ce. The teacher's cut, which layers get an adapter, the weight of distillation: chosen on all labelled "
-        "conflicts of the plan split (at most 32 for the cuts).\n"
+        "- **Labels**: used by counterfactual_ce. Which question leads, the teacher's cut, which layers get an adapter, which projections, the "
+        "weight of distillation, the weight of retention, the weight of abstention (on clips that lack a stream), the weight of log-"
+        "probability invariance (on grids): chosen on all labelled conflicts (at most 32 for the cuts) and all labelled factual clips of the plan split (with both streams "
+        "and with one alone).\n"
     ) in text
+
+
+def test_what_was_not_read_is_beside_the_rate():
+    """The share of each question's answers on these clips, before and after, where there are any."""
+    config = Config()
+    new = measured(Estimate(0.976, 0.912, 0.994, 164, 41), Estimate(0.07, 0.06, 0.09, 82, 41))
+    new.following[0].unparsed, new.following[0].cut_off = estimate(0.02, 0.01), estimate(0.304, 0.01)
+    text = card("plan", CHECKPOINT, config, make_plan(biased(), config), BEFORE, new)
+    cells = "| 13.4 % (6.5–25.8) | 97.6 % (91.2–99.4), 2.0 % not read, 30.4 % cut off |"
+    assert f"| Conflicts, asked what it hears: names the sound {cells}" in text
+    assert "| Factual clips: right about the sound | 98.2 % (96.2–100.2) | 98.2 % (96.2–100.2) |" in text
+    assert 'ones "cut off" end at the token limit' in text

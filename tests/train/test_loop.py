@@ -187,10 +187,12 @@ def test_the_bar_shows_terms_and_what_the_newest_checkpoint_follows():
 
 
 def test_shares_of_what_is_taught():
-    """Answers taught, left out by the gate, asked for."""
-    counts = {"counterfactual_ce": (20, 0, 20), "distillation": (5, 1, 8), "mirror": (0, 0, 0)}
-    assert shares(counts, 0.0) == {"taught/counterfactual_ce": 1.0, "taught/distillation": 0.625}
-    assert shares(counts, 0.5) == {"taught/counterfactual_ce": 1.0, "taught/distillation": 0.625, "gated/distillation": 0.125}
+    """Answers taught, left out by the gate, asked for, ended at the token limit. True answers do not end at one."""
+    counts = {"counterfactual_ce": (20, 0, 20, 0), "distillation": (5, 1, 8, 2), "retention": (4, 0, 4, 0), "mirror": (0, 0, 0, 0)}
+    found = {"taught/counterfactual_ce": 1.0, "taught/distillation": 0.625, "taught/retention": 1.0}
+    found |= {"cut_off/distillation": 0.25, "cut_off/retention": 0.0}
+    assert shares(counts, 0.0) == found
+    assert shares(counts, 0.5) == found | {"gated/distillation": 0.125}
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_anew(arguments, tmp_path, capsys):

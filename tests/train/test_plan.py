@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tests.train.findings_by_hand import answered, biased, cut, following, language, mirrored, rates, reliance, sample
 from train.config import Config, ConfigError, DataPart, DiagnosisPart, LoRAPart, LossPart, SchedulePart
-from train.plan import Plan, PlanError, make_plan, show
+from train.plan import Plan, PlanError, _Side, make_plan, show
 
 
 def test_choices_by_hand():
@@ -159,7 +159,11 @@ def test_no_helpful_cut_is_refused_with_what_to_do():
         cut("video->emitters", 0, 8, "counterfactual", "hear", 0.21, 0.0),
         cut("video->emitters", 0, 8, "factual", "hear", 0.99, 0.0),
     ]
-    with pytest.raises(PlanError, match=r"None of 1 cuts of video names the true sound.*--loss.teacher-cut"):
+    with pytest.raises(PlanError, match=r"None of 1 cuts of video names the true sound.*21.0 % of.*uncut 20.0 %.*--loss.teacher-cut"):
+        make_plan(findings, Config())
+    # Answered on 20 of the conflicts, of which 5 are right uncut and 4 under the cut: that is what the rate is to be compared with.
+    findings.items = [answered("counterfactual", "hear", range(5)), answered("counterfactual", "hear", range(4), findings.knockout[0])]
+    with pytest.raises(PlanError, match=r"names it in 21.0 % of the conflicts it was answered on, uncut 25.0 %"):
         make_plan(findings, Config())
     assert "distillation" not in make_plan(findings, Config(loss=LossPart(distillation=0))).weights()
 
@@ -253,6 +257,44 @@ def test_the_deaf_and_the_blind_are_not_trained_in_that_direction():
     assert both.steps.value == 140 and "the model is deaf" in both.leads.because  # 1400 * 0.39 = 546 grids
     with pytest.raises(PlanError, match="to these clips the model is blind, and no plan can mend what is not seen"):
         make_plan(biased(following=rates(0.98, 0.03, alone=(0.99, 0.04))), Config())
+
+
+def own_phrases(n_clips, classes, verdict="vision"):
+    """Answers about clips whose labels are phrases of their own: as many phrases as clips."""
+    made = [sample(f"sound {i} of {i % classes}", verdict, i) for i in range(n_clips)]
+    return [dataclasses.replace(s, audio_label=f"class {i % classes}") for i, s in enumerate(made)]
+
+
+def test_a_guess_is_among_classes_not_among_phrases():
+    """120 clips with phrases of their own, of 8 classes: a guess is right in 12.5 %, so 20 % is below 22.5 % and deaf."""
+    deaf = rates(0.10, 0.98, alone=(0.20, 0.99))
+    with pytest.raises(PlanError, match=r"\(a guess among 8 classes: 12.5 %\): to these clips the model is deaf"):
+        make_plan(biased(following=deaf, samples=own_phrases(120, 8)), Config())
+    assert make_plan(biased(following=deaf, samples=own_phrases(120, 20)), Config()).leads.value == "hear"  # below 15 % it would be
+
+
+@pytest.mark.parametrize(
+    ("classes", "alone", "lost", "gap"),
+    [
+        (0, 0.09, True, 0.0),  # nobody knows how many there are: at least LOST
+        (0, 0.11, False, 0.01),
+        (1, 1.00, False, 0.9),  # whoever names the one class is right, so it says nothing about hearing
+        (1, 0.05, False, 0.0),
+        (2, 0.59, True, 0.0),  # a guess is right in half
+        (2, 0.61, False, 0.51),
+    ],
+)
+def test_deaf_by_the_number_of_classes(classes, alone, lost, gap):
+    side = _Side("hear", conflicts=0.10, factual=0.9, alone=alone, classes=classes)
+    assert side.lost is lost and side.gap == pytest.approx(gap)
+    assert ("the model is deaf" in side.warning) is lost and bool(side.warning) is (alone < 0.8)
+
+
+def test_classes_with_phrases_of_their_own_are_weighed_by_class():
+    """16 phrases of 2 classes; 6 of 8 conflicts of the first fail, none of the second: as in test_classes_that_fail_are_drawn_more."""
+    samples = own_phrases(16, 2, "audio")
+    samples = [dataclasses.replace(s, verdict="vision" if i % 2 == 0 and i < 12 else "audio") for i, s in enumerate(samples)]
+    assert make_plan(biased(samples=samples), Config()).class_weights.value == {"class 0": 1.4, "class 1": 0.6}
 
 
 def test_a_model_whose_sound_covers_its_picture_gets_the_same_plan_the_other_way_round():
@@ -356,6 +398,8 @@ def test_plain_text_is_kept_where_it_is_known():
 def test_by_default_a_plan_measures_what_it_is_made_of():
     plan = Config().diagnosis.plan
     assert plan.language and plan.alone is None
+    for question, source in (("hear", "video"), ("see", "audio")):  # either may lead, so either has its curves to choose a cut from
+        assert {f"{source}->emitters", f"{source}->question+emitters"} <= set(plan.knockout_curves), question
     with pytest.raises(ConfigError, match=r"diagnosis\.plan\.alone is 0"):
         DiagnosisPart(plan=dataclasses.replace(plan, alone=0))
 

@@ -108,17 +108,17 @@ def test_factual_training_sees_factual_clips_only(clips, factual_config, plan):
 
 def test_class_weights_steer_the_draw(clips, config, plan):
     grids = [g for g in clips.grids if g.split == "train"]
-    favourite = clips.by_id()[grids[0].oo].heard
-    plan.class_weights = Choice({c[1]: 0.01 for c in clips.labels().values()} | {favourite: 2.0}, "")
-    drawn = Counter(a.clip.heard for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
+    favourite = clips.by_id()[grids[0].oo].audio_label
+    plan.class_weights = Choice(dict.fromkeys(clips.labels(), 0.01) | {favourite: 2.0}, "")
+    drawn = Counter(a.clip.audio_label for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
     assert drawn.most_common(1)[0][0] == favourite
 
 
 def test_where_see_questions_lead_class_weights_are_of_pictures(clips, config, plan):
     grids = [g for g in clips.grids if g.split == "train"]
-    favourite = clips.by_id()[grids[0].oo].seen
-    plan.class_weights, plan.leads = Choice({c[0]: 0.01 for c in clips.labels().values()} | {favourite: 2.0}, ""), Choice("see", "")
-    drawn = Counter(a.clip.seen for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
+    favourite = clips.by_id()[grids[0].oo].video_label
+    plan.class_weights, plan.leads = Choice(dict.fromkeys(clips.labels(), 0.01) | {favourite: 2.0}, ""), Choice("see", "")
+    drawn = Counter(a.clip.video_label for step in range(50) for group in sample_step(clips, config, plan, step) for a in plain(group))
     assert drawn.most_common(1)[0][0] == favourite
 
 
