@@ -334,7 +334,7 @@ class _Diagnosis:
             findings.fidelity = fidelity_rows(findings.captions, items)
         if settings.language:
             findings.language = language_rows(plain_text, items)
-        limits = {m: asked_about(self.subject, m).max_new_tokens for m in QUESTIONS}
+        limits: dict[str, int] = {m: asked_about(self.subject, m).max_new_tokens for m in QUESTIONS}
         out += cut_off_sentences(findings, {**limits, "plain": settings.max_new_tokens})
         findings.items = items.saved()
         off = {"flow": flow, "lens": lens, "probes": features, "token shift": shift, "caption fidelity": captions, "knockout": sweep}
@@ -528,7 +528,7 @@ def cut_off_sentences(findings: Findings, limits: Mapping[str, int]) -> list[str
     answers = [(s.modality, s.cut_off) for s in findings.samples] + [(c.modality, c.cut_off) for c in findings.captions if c.modality == "both"]
     for modality, cut_off in answers:
         ended.setdefault(modality, []).append(cut_off)
-    told = {modality: f"“{question(modality)}”" for modality in QUESTIONS}  # type: ignore[arg-type]
+    told: dict[str, str] = {modality: f"“{question(modality)}”" for modality in QUESTIONS}
     if findings.language:
         ended["plain"], told["plain"] = [a.cut_off for a in findings.language.answers], "the simple questions of plain text"
     return [

@@ -205,11 +205,11 @@ def findings_tables(findings: Findings) -> list[Table]:
         )
         tables.append(table)
     if cuts := best_cuts(findings.knockout):
-        columns = "cut", "layers", "the sound", "the picture", UNREAD_COLUMN, "log p"
-        table = titled("Strongest cut per site (conflicts, asked about the sound)", *columns)
+        headings = "cut", "layers", "the sound", "the picture", UNREAD_COLUMN, "log p"
+        table = titled("Strongest cut per site (conflicts, asked about the sound)", *headings)
         for c in cuts:
-            rates = (percent(c.audio), share(c.vision.value if c.vision else None), unread(c))
-            table.add_row(cut_name(c.site), layers(c.start, c.stop), *rates, effect(c.delta_logprob))
+            named = (percent(c.audio), share(c.vision.value if c.vision else None), unread(c))
+            table.add_row(cut_name(c.site), layers(c.start, c.stop), *named, effect(c.delta_logprob))
         counts = " to ".join(sorted({counted(c.delta_logprob) for c in cuts}))
         table.caption = f"log p: change of the true sound's log-likelihood, nats a token. Strongest on these clips; n (sources): {counts}."
         tables.append(table)
