@@ -87,7 +87,9 @@ def compare(before: Findings, after: Findings) -> Comparison:
     if before.base != after.base:
         result.left_out.append(f"Token shift is not compared: the bases differ ({before.base} and {after.base}).")
     shared = [key for key in old if key in new and (key.section != "shift" or before.base == after.base)]
-    paired = _paired(before, after, shared, result.left_out)
+    measured = [key for key in shared if old[key].value is not None and new[key].value is not None]
+    nothing = [key.section for key in shared if old[key].value is None or new[key].value is None]
+    paired = _paired(before, after, measured, nothing, result.left_out)
     result.changes = [Change(*key, _plain(old[key]), _plain(new[key]), paired.get(key)) for key in shared]
     for label, only in (("before", old.keys() - new.keys()), ("after", new.keys() - old.keys())):
         if only:
@@ -230,13 +232,16 @@ class _Pair:
 _KEPT_AS = {("reliance", "shortcut"): "effect_audio", ("language", "perplexity"): "nll"}
 
 
-def _paired(before: Findings, after: Findings, keys: Sequence[Key], left_out: list[str]) -> dict[Key, Effect]:
-    """The paired difference of every number that both sides kept values of; what could not be paired is added to `left_out`."""
+def _paired(before: Findings, after: Findings, keys: Sequence[Key], nothing: Sequence[str], left_out: list[str]) -> dict[Key, Effect]:
+    """The paired difference of every number that both sides kept values of; what could not be paired is added to `left_out`.
+
+    nothing: the sections of numbers of which there was nothing to measure.
+    """
     old, new = ({key: items for items in findings.items for key in items.values} for findings in (before, after))
     pairs: dict[tuple[int, int], _Pair] = {}
     result: dict[Key, Effect] = {}
     single: dict[str, int] = {}
-    unkept, unmatched, empty = list[str](), list[str](), list[str]()
+    unkept, unmatched, empty = list[str](), list[str](), list(nothing)
     for key in keys:
         at = key._replace(measure=_KEPT_AS.get((key.section, key.measure), key.measure)).text
         if at not in old or at not in new:

@@ -424,7 +424,7 @@ def test_killed_and_started_again(tiny_set, capsys, monkeypatch):
     assert main(line) == 0
     assert "fast lane" in capsys.readouterr().out
     (one,) = Ablation.load(out / "ablation.json").sets
-    assert [row.arm for row in one.arms] == ["plan", "fast lane"] and one.before is not None and not one.left_out
+    assert [row.arm for row in one.arms] == ["plan", "fast lane"] and one.before is not None and all("train split too" in s for s in one.left_out)
     plan, fast = one.arms
     assert plan.seeds == fast.seeds == [0] and plan.parameters == fast.parameters and plan.checkpoints[0].startswith("step_00000")
     assert fast.measures["hear_conflicts"].difference.n == 4 and len(plan.minutes) == 1

@@ -71,7 +71,7 @@ def test_answers_to_both_may_be_twice_as_long(subject, clips, model):
 def test_a_cut_changes_some_answer(told):
     tally, _ = told
     plain = {(c.clip, c.modality): c.answer for c in tally.captions if c.condition == "counterfactual" and c.cut is None}
-    assert any(plain[c.clip, c.modality] != c.answer for c in tally.captions if c.cut == "audio->question+emitters 0:3")
+    assert any(plain[c.clip, c.modality] != c.answer for c in tally.captions if c.cut is not None)
 
 
 def test_a_stream_that_was_not_given_is_not_scored(subject, clips):

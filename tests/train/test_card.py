@@ -73,9 +73,8 @@ def test_labels():
     text = card("x", CHECKPOINT, set_here, make_plan(biased(), set_here), BEFORE, AFTER)
     assert (
         "- **Labels**: used by counterfactual_ce. Which question leads, the teacher's cut, which layers get an adapter, which projections, the "
-        "weight of distillation, the weight of retention, the weight of abstention (on clips that lack a stream), the weight of log-"
-        "probability invariance (on grids): chosen on all labelled conflicts (at most 32 for the cuts) and all labelled factual clips of "
-        "the plan split (with both streams and with one alone).\n"
+        "weight of distillation, the weight of retention, the weight of abstention (on clips that lack a stream): chosen on "
+        "all labelled conflicts (at most 32 for the cuts) and all labelled factual clips of the plan split (with both streams and with one alone).\n"
     ) in text
 
 
