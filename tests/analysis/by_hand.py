@@ -150,6 +150,7 @@ def clips_for(models: list[AVLLM], gains: Gains, pairs: list[tuple[int, int]], r
         for c in range(6):
             model._streams["video", f"v{c}"] = StreamFeatures(row(**{f"V_{c}": gains.v}).expand(PICTURE_TOKENS, -1), FRAMES)
             model._streams["audio", f"a{c}"] = StreamFeatures(row(**{f"A_{c}": gains.a}).expand(SOUND_TOKENS, -1), MELS)
+            model._opened |= {(Path("nowhere/none.mp4"), "video", f"v{c}"), (Path("nowhere/none.mp4"), "audio", f"a{c}")}
     cells = [[f"{NAMES[v]}0_{NAMES[a]}0" for v, a in ((i, i), (i, j), (j, i), (j, j))] for i, j in grids]
     made = tuple(Grid(f"g{n}", "test", *names) for n, names in enumerate(cells))
     labels = [[name, seen, heard] for name, (seen, heard) in CLASSES.items()]
