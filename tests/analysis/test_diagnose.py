@@ -288,7 +288,7 @@ def test_the_unseen_split_itself_looks_into_new_clips_only(model, half_trained):
     found = diagnose(model, half_trained, settings, "unseen", progress=False)
     whole = {c.id for c in half_trained.select("unseen", "counterfactual") if c.audio_label in NAMES[3:] and c.video_label in NAMES[:2]}
     assert whole and not found.reliance
-    assert {c.clip for c in found.captions} <= whole
+    assert found.captions and {c.clip for c in found.captions} <= whole
     for row in found.following:
         new = [s for s in found.samples if (s.condition, s.modality) == (row.condition, row.question)]
         assert row.correct.n == len(new) and all((s.audio_source if row.question == "hear" else s.video_source).startswith("new") for s in new)

@@ -263,9 +263,11 @@ def test_a_tracker_that_is_not_installed_is_refused(arguments, capsys, monkeypat
     assert "pip install trackio" in capsys.readouterr().err
 
 
-def test_findings_that_show_nothing_to_mend_are_no_bad_input(arguments, capsys):
+def test_findings_that_no_plan_follows_from_are_no_bad_input(arguments, capsys):
+    """A model with random weights says nothing that can be read: no plan is made from that, and none is called no bias."""
     assert main([*arguments, "--loss.require-bias"]) == 1
-    assert "show no bias" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No plan can be made from answers that are not read" in said and "show no bias" not in said
 
 
 def test_every_bad_clip_of_every_split_is_named_before_anything_is_measured(arguments, clips, tmp_path, capsys, monkeypatch):
