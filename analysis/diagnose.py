@@ -131,7 +131,7 @@ def used(clips: Clips, split: str, settings: DiagnoseSettings) -> list[Clip]:
     found = [*chosen.factual, *chosen.counterfactual, *(clip for bare in chosen.bare.values() for clip in bare)]
     found += [by_id[name] for grid in chosen.grids for name in (grid.oo, grid.ox, grid.xo, grid.xx)]
     if split == "test":
-        unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen))
+        unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen, alone=0))
         found += [*unseen.factual, *unseen.counterfactual]
     return list({clip.id: clip for clip in found}.values())
 

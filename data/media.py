@@ -229,6 +229,17 @@ def _tracks(path: Path | str, container: Any) -> _Tracks:
 
 
 def _scan(path: Path | str) -> _Tracks:
+    """What the packets of a file say. Hashing and reading it ask one after the other, so the last files' answers are kept."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        with _opened(path) as container:  # says what is wrong with it
+            return _tracks(path, container)
+    return _scanned(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _scanned(path: Path | str, *_: int) -> _Tracks:
     with _opened(path) as container:
         return _tracks(path, container)
 
@@ -625,26 +636,19 @@ def stream_hashes(path: Path | str) -> tuple[str, str]:
     silence of the picture's length.
     """
     tracks = _scan(path)
-    found = []
-    for kind, track in (("video", tracks.video), ("audio", tracks.audio)):
-        digest = hashlib.sha256()
-        if track is None:
-            if kind == "video":
-                with _opened(path) as container:
-                    _video_stream(path, tracks, container)
-            digest.update(f"no sound for {round(tracks.video_seconds * 1_000_000)} us".encode())
-            found.append(digest.hexdigest())
-            continue
-        with _opened(path) as container:
-            stream = _decodable(path, container.streams[track.index])
-            # Places in samples of the sound's own rate and microseconds of the picture: finer than any container's clock.
-            unit = stream.codec_context.sample_rate if kind == "audio" else 1_000_000
-            digest.update(repr(_parameters(path, stream)).encode())
-            for packet in container.demux(stream):
-                if packet.size:
-                    at = None if packet.pts is None else round((packet.pts * packet.time_base - tracks.zero) * unit)
-                    length = round((packet.duration or 0) * packet.time_base * unit)
-                    digest.update(repr((at, length, packet.is_discard, _skipped(packet), packet.size)).encode())
-                    digest.update(bytes(packet))
-        found.append(digest.hexdigest())
-    return found[0], found[1]
+    with _opened(path) as container:
+        _video_stream(path, tracks, container)
+        streams = {track.index: _decodable(path, container.streams[track.index]) for track in (tracks.video, tracks.audio) if track}
+        digests = {index: hashlib.sha256(repr(_parameters(path, stream)).encode()) for index, stream in streams.items()}
+        # Places in samples of the sound's own rate and microseconds of the picture: finer than any container's clock.
+        units = {index: stream.codec_context.sample_rate if stream.type == "audio" else 1_000_000 for index, stream in streams.items()}
+        for packet in container.demux(list(streams.values())):
+            if packet.size:
+                index = packet.stream.index
+                at = None if packet.pts is None else round((packet.pts * packet.time_base - tracks.zero) * units[index])
+                length = round((packet.duration or 0) * packet.time_base * units[index])
+                digests[index].update(repr((at, length, packet.is_discard, _skipped(packet), packet.size)).encode())
+                digests[index].update(bytes(packet))
+    silence = hashlib.sha256(f"no sound for {round(tracks.video_seconds * 1_000_000)} us".encode())
+    video, audio = (digests.get(track.index, silence) if track else silence for track in (tracks.video, tracks.audio))
+    return video.hexdigest(), audio.hexdigest()

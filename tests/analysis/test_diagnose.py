@@ -6,7 +6,7 @@ import math
 import pytest
 
 from analysis.compare import compare
-from analysis.diagnose import DiagnoseSettings, SettingsError, choose, cut_off_sentences, diagnose
+from analysis.diagnose import DiagnoseSettings, SettingsError, choose, cut_off_sentences, diagnose, used
 from analysis.findings import Findings, Sample
 from data.clips import DataError
 from data.questions import question
@@ -201,6 +201,13 @@ def test_settings_are_checked(change, message):
         DiagnoseSettings(**change)
 
 
+@pytest.mark.parametrize("name", ["counterfactual", "alone", "bare", "grids", "unseen"])
+def test_each_kind_of_clip_can_be_left_out_alone(clips, name):
+    read = {(c.split, c.condition) for c in used(clips, "test", dataclasses.replace(SMALL, **{name: 0}))}
+    assert {split for split, _ in read} == ({"test"} if name == "unseen" else {"test", "unseen"})
+    assert ("test", "factual") in read and (("test", "muted") in read) == (name != "bare")
+
+
 def test_a_site_that_there_is_not_is_refused(model, clips):
     with pytest.raises(SettingsError, match="knockout_sites names x; the sites are video->emitters"):
         diagnose(model, clips, DiagnoseSettings(knockout_sites=("x",)), progress=False)
@@ -268,7 +275,8 @@ def test_no_rate_of_unseen_sources_has_a_trained_one(model, half_trained):
     assert {s.clip for s in asked} == {c.id for c in heard}
     assert named["unseen_counterfactual"] == pytest.approx(sum(s.correct for s in asked) / len(asked))
     assert all(s.audio_source.startswith("new") for s in asked)
-    assert {s.condition for s in found.samples if s.audio_source == "the dog of swaps" and s.modality == "hear"} <= {"factual", "counterfactual"}
+    dogs = {c.id for c in half_trained.clips if c.split == "unseen" and c.audio_source == "the dog of swaps"}
+    assert dogs and not dogs & {s.clip for s in found.samples if s.modality == "hear"}
     [test, unseen] = found.sources
     assert test.split == "test" and dataclasses.astuple(unseen)[:-1] == ("unseen", 4, 6, 3, 6)
     said = found.trained_on()
