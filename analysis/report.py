@@ -74,6 +74,7 @@ def write_report(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    multiples, never = small_multiples(findings)
     page = environment.get_template("report.html").render(
         sentences=_headline(findings),
         tiles=number_tiles(ends),
@@ -88,7 +89,8 @@ def write_report(
         fidelity=fidelity_table(ends, comparison),
         agreement=agreement_sentences(ends),
         trajectory=trajectory_figure(findings),
-        multiples=small_multiples(findings),
+        multiples=multiples,
+        never=never,
         apart=apart(findings),
         knockout=knockout_groups(ends),
         probes=probe_figures(ends),

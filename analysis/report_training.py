@@ -15,7 +15,7 @@ from typing import Any
 from analysis.charts import RATES, Series, lines, span
 from analysis.report_parts import Figure, Named, line_figure, plain, rate_of
 from analysis.tables import cut_name, layers, number, percent
-from analysis.trajectory import headline, panel
+from analysis.trajectory import headline, panel, unread
 
 
 def trajectory_figure(findings: list[Named]) -> Figure | None:
@@ -41,13 +41,14 @@ def trajectory_figure(findings: list[Named]) -> Figure | None:
     return line_figure("", [("", drawing)], series, ticks, percent, note) if series else None
 
 
-def small_multiples(findings: list[Named]) -> list[Figure]:
-    """Small multiples over all findings given, on one x axis: a panel for every number that two findings of the same clips have.
+def small_multiples(findings: list[Named]) -> tuple[list[Figure], str]:
+    """Small multiples over all findings given, on one x axis: a panel for every number that two findings of the same clips have. Shares of answers
+    that were not read or were cut off have none where they are 0 throughout: the text says which these are.
 
     The clips that most findings are of are joined by lines; findings of other clips (the test split before and after) stand alone as hollow dots.
     """
     if len(findings) < 3:
-        return []
+        return [], ""
     data = [(f.split, f.data_hash) for _, f in findings]
     main, ticks = _most(data), [(float(k), name) for k, (name, _) in enumerate(findings)]
     found = [headline(f) for _, f in findings]
@@ -63,14 +64,23 @@ def small_multiples(findings: list[Named]) -> list[Figure]:
                 parts = [[point] for point in points] if alone else [points]
                 panels.setdefault((title, rate), []).extend(Series(shown, tone, part, dashed=alone) for part in parts)
                 keys.setdefault(title, {})[tone, label, "solid"] = None
+    counted = {panel(name).title for one in found for name in one if unread(name)}
+    never = [title for (title, _), series in panels.items() if title in counted and not any(e.value for s in series for _, e in s.points)]
     figures = []
     for (title, rate), series in panels.items():
+        if title in never:
+            continue
         scale = RATES if rate and max(e.value or 0.0 for s in series for _, e in s.points) > 0.25 else span(series)
         drawing = lines(series, ticks, scale, title, "checkpoint", as_percent=rate, width=262, height=165)
         figure = line_figure(title, [("", drawing)], series, ticks, percent if rate else number)
         figure.key = list(keys[title])
         figures.append(figure)
-    return figures
+    of: dict[str, list[str]] = {}
+    for title in never:
+        what, _, clips_of = title.partition(", ")
+        of.setdefault(what, []).append(clips_of)
+    text = "; ".join(f"{what.lower()} ({', '.join(clips_of)})" for what, clips_of in of.items())
+    return figures, f"Not drawn, since they are 0 throughout: {text}." if text else ""
 
 
 def apart(findings: list[Named]) -> str:

@@ -143,6 +143,12 @@ def panel(name: str) -> Panel:
     raise ValueError(f"{name!r} is no name that analysis.trajectory.headline gives.")
 
 
+def unread(name: str) -> bool:
+    """Whether a name is that of a share of answers that were not read or were cut off."""
+    kind, *rest = name.split("/")
+    return kind in ("unparsed", "cut_off") or (kind == "captions" and rest[-1] in ("unparsed", "cut_off"))
+
+
 def _over_layers(layers: list[Estimate]) -> Estimate | None:
     """Mean over layers. Its bounds are the means of the layers' bounds: too wide, as if all layers erred together."""
     if not layers or any(e.value is None for e in layers):

@@ -6,6 +6,7 @@ import pytest
 
 from analysis.findings import CaptionFidelity, CutEffect, Effect, Estimate, Findings, Flow, Following, Latent, Probe, Readout, Reliance
 from analysis.report import write_report
+from analysis.report_training import small_multiples
 from analysis.trajectory import headline, panel
 
 
@@ -117,3 +118,21 @@ def test_panels_on_the_page(tmp_path):
 def test_two_findings_are_no_trajectory(tmp_path):
     write_report(tmp_path / "page.html", [("before", findings()), ("after", findings())], tmp_path)
     assert "Every diagnostic" not in (tmp_path / "page.html").read_text()
+
+
+def test_shares_of_unread_answers_are_drawn_or_said_to_be_0():
+    """Two panels of every three would else be empty: answers that name nothing known are 10 % of conflicts, and none anywhere else."""
+    history = [(name, findings(deep=False)) for name in ("a", "b", "c")]
+    for _, found in history:
+        found.following[0].unparsed, found.following[0].cut_off = e(0.1), e(0.0)
+    figures, never = small_multiples(history)
+    titles = [figure.title for figure in figures]
+    assert "Answers that name nothing known, conflicts" in titles and "Answers that name nothing known, factual clips" not in titles
+    assert "Answers that end at the token limit, conflicts" not in titles
+    assert never == (
+        "Not drawn, since they are 0 throughout: answers that end at the token limit (conflicts); answers that name nothing known (factual clips)."
+    )
+    history[1][1].following[1].unparsed = e(0.01)
+    figures, never = small_multiples(history)
+    assert "Answers that name nothing known, factual clips" in [figure.title for figure in figures] and "nothing known" not in never
+    assert "Says that there is nothing, factual clips" in titles  # of other numbers 0 is a finding, and drawn
