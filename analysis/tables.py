@@ -314,7 +314,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = _sentences("What was trained on", comparison.trained_on)
     changes = [c for c in comparison.changes if c.section == "following" and c.measure in ("audio", "vision")]
     if changes:
-        columns = "clips", "asked about", "names the", "before", "after", "difference, points", "unparsed", "cut off", "n"
+        columns = "clips", "asked about", "names the", "before", "after", "points", UNREAD_COLUMN, "n"
         table = titled("What the answers name, before and after", *columns)
         for c in changes:
             named = "event" if c.condition in ("factual", "unseen_factual") else "sound" if c.measure == "audio" else "picture"
@@ -322,22 +322,22 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
                 continue  # where sound and picture agree there is nothing else to name
             if (c.condition, {"audio": "hear", "vision": "see"}[c.measure]) in MISSING:
                 continue  # the stream is not there
-            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), *_unread_change(comparison, c))
+            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), _unread_change(comparison, c))
             table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), named, *rates, str((c.difference or c.after).n))
         table.caption = (
-            "The difference is paired: the same clip under the same question. Its 95 % interval is clustered by source. Unparsed, cut off: shares in "
-            "%, before → after."
+            "Points: the paired difference, the same clip under the same question. Its 95 % interval is clustered by source. Unparsed, cut off: "
+            "shares in %, before → after."
         )
         tables.append(table)
     nothing = [change for pair in ABSTENTION if (change := comparison.find("following", "nothing", *pair)) and change.after.value is not None]
     if nothing:
         table = titled(
             "Says that there is nothing, before and after",
-            *("clips", "asked about", "right if it", "before", "after", "difference, points", "unparsed", "cut off", "n"),
+            *("clips", "asked about", "right if it", "before", "after", "points", UNREAD_COLUMN, "n"),
         )
         for c in nothing:
             wanted = "abstains" if (c.condition, c.question) in MISSING else "does not"
-            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), *_unread_change(comparison, c))
+            rates = (_short(c.before), _short(c.after), percent(c.difference, signed=True), _unread_change(comparison, c))
             table.add_row(words(c.condition, CONDITIONS), words(c.question, QUESTIONS), wanted, *rates, str((c.difference or c.after).n))
         tables.append(table)
     text, right = (comparison.find("language", measure) for measure in ("perplexity", "right"))
@@ -376,10 +376,12 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     return tables + _sentences("Left out", comparison.left_out)
 
 
-def _unread_change(comparison: Comparison, row: Change) -> list[str]:
-    """Both shares of UNREAD among the answers that a rate is of, before and after: `10.0 → 0.0`."""
-    found = [comparison.find("following", measure, row.condition, row.question) for measure in UNREAD]
-    return [" → ".join("–" if e.value is None else f"{100 * e.value:.1f}" for e in (c.before, c.after)) if c else "–" for c in found]
+def _unread_change(comparison: Comparison, row: Change) -> str:
+    """Both shares of UNREAD among the answers that a rate is of, before and after: `unparsed 10.0 → 0.0`. "none" where all of them are 0."""
+    found = {what: comparison.find("following", measure, row.condition, row.question) for measure, what in UNREAD.items()}
+    ends = {what: (c.before.value, c.after.value) for what, c in found.items() if c}
+    shown = [f"{what} {' → '.join('–' if v is None else f'{100 * v:.1f}' for v in values)}" for what, values in ends.items() if values != (0.0, 0.0)]
+    return ", ".join(shown) or ("none" if len(ends) == len(UNREAD) else "–")
 
 
 _STEM = re.compile(r" \[\d+, \d+\) \w+$|, layer \d+$")  # "video->audio [2, 5) window" -> "video->audio"

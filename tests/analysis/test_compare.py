@@ -320,7 +320,9 @@ def test_what_could_not_be_read_stands_beside_every_rate_of_a_comparison():
     )
     assert said["names the"] == ["sound", "picture", "picture"]
     for table, rows in ((said, 3), (nothing, 2)):
-        assert table["unparsed"] == ["30.0 → 10.0"] * rows and table["cut off"] == ["5.0 → 0.0"] * rows
+        assert table["unparsed, cut off"] == ["unparsed 30.0 → 10.0, cut off 5.0 → 0.0"] * rows
+    [_, read] = [t for t in comparison_tables(compare(told(0.0, 0.0), told(0.0, 0.0))) if "before and after" in t.title]
+    assert [list(c.cells) for c in read.columns if c.header == "unparsed, cut off"] == [["none"] * 2]
     [table] = [t for t in findings_tables(before) if t.title == "Says that there is nothing"]
     assert [list(c.cells) for c in table.columns if c.header == "unparsed, cut off"] == [["30.0, 5.0 %"] * 2]
 
