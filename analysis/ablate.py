@@ -272,7 +272,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, at_once: int = 1, accelerate_config
         with _ended_by_signals():
             while waiting or running:
                 for job in [job for job in waiting if len(running) < at_once]:
-                    if len(running) < at_once and _may_start(job, running) and _start(job, out, at_once, accelerate_config):
+                    if len(running) < at_once and _may_start(job, running, jobs) and _start(job, out, at_once, accelerate_config):
                         waiting.remove(job)
                         running.append(job)
                 for job in [job for job in running if job.process is None or job.process.poll() is not None]:
@@ -317,12 +317,11 @@ def progress(job: Job) -> str:
     return f"{job.name}: first diagnoses"
 
 
-def _may_start(job: Job, running: Sequence[Job]) -> bool:
-    """Runs share clips and diagnoses of the untrained model: while one makes them, those that would make the same wait."""
-    mine = _shared(job.arm)
-    return not any(
-        _shared(other.arm) == mine and not all((other.folder / "findings" / f"{name}.json").exists() for name in UNTRAINED) for other in running
-    )
+def _may_start(job: Job, running: Sequence[Job], jobs: Sequence[Job]) -> bool:
+    """Runs share clips and diagnoses of the untrained model: while the first of them makes these, those that would make the same wait."""
+    alike = [other for other in jobs if _shared(other.arm) == _shared(job.arm)]
+    made = any(all((other.folder / "findings" / f"{name}.json").exists() for name in UNTRAINED) for other in alike)
+    return made or not any(other in running for other in alike)
 
 
 def _shared(arm: Arm) -> str:

@@ -125,13 +125,18 @@ def check_sites(settings: DiagnoseSettings) -> None:
             raise SettingsError(f"{name} names {', '.join(unknown)}; the sites are {', '.join(SITES)}.")
 
 
+def choose_unseen(clips: Clips, settings: DiagnoseSettings) -> Chosen:
+    """The clips of the split of unseen sources that are asked about beside the test split; none of them loses a stream."""
+    return choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen, alone=0))
+
+
 def used(clips: Clips, split: str, settings: DiagnoseSettings) -> list[Clip]:
     """Every clip that a diagnosis of this split needs, once."""
     chosen, by_id = choose(clips, split, settings), clips.by_id()
     found = [*chosen.factual, *chosen.counterfactual, *(clip for bare in chosen.bare.values() for clip in bare)]
     found += [by_id[name] for grid in chosen.grids for name in (grid.oo, grid.ox, grid.xo, grid.xx)]
     if split == "test":
-        unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen, alone=0))
+        unseen = choose_unseen(clips, settings)
         found += [*unseen.factual, *unseen.counterfactual]
     return list({clip.id: clip for clip in found}.values())
 
@@ -242,7 +247,7 @@ class _Diagnosis:
         self.subject = Subject(model, clips, settings.max_new_tokens)
         self.by_id = clips.by_id()
         self.conditions = {"factual": chosen.factual, "counterfactual": chosen.counterfactual}
-        unseen = choose(clips, "unseen", replace(settings, factual=settings.unseen, counterfactual=settings.unseen)) if split == "test" else None
+        unseen = choose_unseen(clips, settings) if split == "test" else None
         self.unseen = {"unseen_factual": unseen.factual, "unseen_counterfactual": unseen.counterfactual} if unseen else {}
         trained = clips.sources("train")
         # What is looked into beside answers: of the unseen split only clips that are new in both streams, which come first.

@@ -336,7 +336,7 @@ def test_a_failed_run_is_reported_and_stops_nothing(tmp_path, monkeypatch, capsy
 
 def test_sigterm_ends_all_that_was_started(tmp_path, monkeypatch):
     monkeypatch.setattr(analysis.ablate, "command", started_by("import time; time.sleep(600)"))
-    monkeypatch.setattr(analysis.ablate, "_may_start", lambda job, running: True)
+    monkeypatch.setattr(analysis.ablate, "_may_start", lambda *_: True)
     jobs = two_jobs(tmp_path)
     thread = when(lambda: len(those_that_name(tmp_path / "out")) == 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
@@ -346,13 +346,16 @@ def test_sigterm_ends_all_that_was_started(tmp_path, monkeypatch):
 
 
 def test_runs_wait_while_another_makes_the_diagnoses_they_share(tmp_path):
-    first, second = two_jobs(tmp_path)
-    assert analysis.ablate._may_start(second, []) and not analysis.ablate._may_start(second, [first])
+    first, second, third = jobs = [*two_jobs(tmp_path), dataclasses.replace(two_jobs(tmp_path)[0], folder=tmp_path / "third")]
+    assert analysis.ablate._may_start(second, [], jobs)
     for name in ("plan", "before", "selection"):
-        assert not analysis.ablate._may_start(second, [first])
+        assert not analysis.ablate._may_start(second, [first], jobs)
         (first.folder / "findings").mkdir(parents=True, exist_ok=True)
         (first.folder / "findings" / f"{name}.json").write_text("{}")
-    assert analysis.ablate._may_start(second, [first])
+    assert analysis.ablate._may_start(second, [first], jobs)
+    assert analysis.ablate._may_start(third, [second], jobs)  # made by the first, so nobody waits while the second reads its clips
+    other = dataclasses.replace(third, arm=dataclasses.replace(third.arm, settings=third.arm.settings | {"model.path": "another"}))
+    assert not analysis.ablate._may_start(other, [more := dataclasses.replace(other, seed=9)], [*jobs, more])
 
 
 def test_a_run_that_a_killed_call_left_behind_is_not_started_twice(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """The whole diagnosis on a small model: what is asked for is there, the same seed gives the same findings, batches change nothing."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 
 from analysis.compare import compare
 from analysis.diagnose import DiagnoseSettings, SettingsError, choose, cut_off_sentences, diagnose, used
@@ -206,6 +209,16 @@ def test_each_kind_of_clip_can_be_left_out_alone(clips, name):
     read = {(c.split, c.condition) for c in used(clips, "test", dataclasses.replace(SMALL, **{name: 0}))}
     assert {split for split, _ in read} == ({"test"} if name == "unseen" else {"test", "unseen"})
     assert ("test", "factual") in read and (("test", "muted") in read) == (name != "bare")
+
+
+def test_what_ablations_measure(model, clips):
+    """Their sets leave the unseen split out and ask about streams alone."""
+    named = [yaml.safe_load(path.read_text())["common"] for path in Path("configs/ablations").glob("*.yaml")]
+    [asked] = {json.dumps(common["diagnosis.test"], sort_keys=True) for common in named if "alone" in common.get("diagnosis.test", {})}
+    small = {"counterfactual": 4, "factual": 4, "bare": 2, "grids": 2, "max_new_tokens": 4, "alone": 4, "captions": 2}
+    found = diagnose(model, clips, DiagnoseSettings(**json.loads(asked) | small), "test", progress=False)
+    assert {f.condition for f in found.following} >= {"factual", "counterfactual", "audio_only", "video_only"}
+    assert not any(f.condition.startswith("unseen") for f in found.following) and found.fidelity and found.reliance
 
 
 def test_a_site_that_there_is_not_is_refused(model, clips):
