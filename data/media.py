@@ -56,6 +56,7 @@ OTHER_HASH = (
     "the file was exchanged, or the row was written before hashes held times and lengths: build the folder again, or write its rows anew "
     "with data.media.stream_hashes"
 )
+LISTS = ("concat", "hls", "dash", "sdp")  # FFmpeg follows them, whatever the file's name
 BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"udta", b"uuid", b"meta", b"mfra", b"sidx", b"styp", b"pdin"}
 
 
@@ -115,6 +116,10 @@ def _opened(path: Path | str) -> Iterator[Any]:
     try:
         _check_boxes(path)
         with av.open(str(path), metadata_errors="ignore") as container:
+            if container.format.name in LISTS:
+                raise MediaError(f"{path} is a list of other files ({container.format.name}), whose media could change behind it. {CONVERT}")
+            if container.format.name == "mpegts" and all(os.path.getsize(path) % length for length in (188, 192, 204)):
+                raise MediaError(f"{path} is truncated: it ends inside a packet. Copy or build it again.")
             yield container
     except (DataError, MemoryError):
         raise

@@ -295,6 +295,20 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
         read_video(tmp_path / "text.mp4", 4)
 
 
+@pytest.mark.parametrize("kind", ["concat", "hls"])
+def test_a_list_of_other_files_is_no_clip(kind: str, one: Path) -> None:
+    """FFmpeg goes by what is in a file: it would read others through one that is called an mp4, and these could be exchanged unseen."""
+    (one.parent / "list.mp4").write_text(
+        {
+            "concat": f"ffconcat version 1.0\nfile {one.name}\n",
+            "hls": f"#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{one.name}\n#EXT-X-ENDLIST\n",
+        }[kind]
+    )
+    for read in (read_audio, lambda p: read_video(p, 4), stream_hashes):
+        with pytest.raises(MediaError, match=r"list\.mp4 (is a list of other files|cannot be read as media)"):
+            read(one.parent / "list.mp4")
+
+
 def test_no_space_left(one: Path) -> None:
     with pytest.raises(MediaError, match=r"/dev/full cannot be written \(No space left on device\)"):
         write_mp4("/dev/full", picture(), 4, tone())
@@ -732,9 +746,10 @@ def test_a_copy_is_copied_exactly(rate: Fraction, late: Fraction, hertz: int, so
         assert all(copy == copies[0] for copy in copies)
 
 
-@pytest.mark.parametrize("ending", ["mkv", "webm", "flv"])
+@pytest.mark.parametrize("ending", ["mkv", "webm", "flv", "ts"])
 def test_truncated_without_boxes(ending: str, tmp_path: Path) -> None:
-    """Matroska says how long its segment is, flv how long it lasts: what is cut off is missed, and no short clip is made of the rest."""
+    """Matroska says how long its segment is, flv how long it lasts, a transport stream's packets are of one length: what is cut off is missed,
+    and no short clip is made of the rest."""
     whole = tmp_path / f"whole.{ending}"
     with av.open(str(whole), "w", format="matroska" if ending == "mkv" else None) as out:
         video = out.add_stream("libvpx" if ending == "webm" else "libx264", rate=4)
