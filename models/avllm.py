@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class AVLLM(ABC):
         self.device = torch.device(device)
         self.base_path = base_path
         self.adapter: str | None = None
+        self.written_over: list[tuple[nn.Parameter, torch.Tensor]] = []
+        """Weights of the model's own that the adapter changed, each with what was there before."""
         self.text_model.config.tie_last_hidden_states = False  # so that the last hidden state is the one before the final norm
         self.decoder = Decoder(self.text_model, self.head)
         self.n_layers = len(self.text_model.layers)
@@ -628,9 +630,18 @@ class AVLLM(ABC):
         )
         self.thinker = get_peft_model(self.thinker, config)
 
-    def adapter_off(self):
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
         """Context in which the model is the one before LoRA. Does nothing where there is no adapter."""
-        return self.thinker.disable_adapter() if hasattr(self.thinker, "disable_adapter") else nullcontext()
+        with self.thinker.disable_adapter() if hasattr(self.thinker, "disable_adapter") else nullcontext():
+            adapted = [weight.data for weight, _ in self.written_over]
+            for weight, before in self.written_over:
+                weight.data = before.to(weight.device)
+            try:
+                yield
+            finally:
+                for (weight, _), data in zip(self.written_over, adapted, strict=True):
+                    weight.data = data
 
     def save_adapter(self, folder: str | Path) -> None:
         """PEFT format: adapter_config.json and adapter_model.safetensors."""

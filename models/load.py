@@ -94,6 +94,7 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
     said, tensors = _read_adapter(folder)
     places = _places(model, folder, tensors)
     foreign = {name for name, place in places.items() if name != place.name}
+    before = [(weight, weight.detach().to("cpu", copy=True)) for weight in _written_over(model, said, places.values())]
     try:
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / SETTINGS).write_text(json.dumps(said))
@@ -117,11 +118,21 @@ def attach_adapter(model: AVLLM, adapter: str | Path, trainable: bool = False) -
         raise ModelError(f"{adapter} does not fit {model.path}{other}: {reason}") from None
     _check_names(model, folder, set(tensors))
     _check_values(model, folder, tensors)
+    model.written_over = [(weight, old) for weight, old in before if not torch.equal(weight.detach().cpu(), old)]
     if foreign:
         pairs = {_beginnings(places[name]) for name in foreign}
         shown = ", ".join(f"{old or '(nothing)'} -> {new or '(nothing)'}" for old, new in sorted(pairs)[:3])
         print(f"{adapter}: {len(foreign)} of its weights have the names of another trainer; read as {shown}.", file=sys.stderr)
     model.adapter = str(adapter)
+
+
+def _written_over(model: AVLLM, said: dict[str, Any], places: Iterable[_Place]) -> list[nn.Parameter]:
+    """The model's own weights that loading the adapter may change, and that PEFT does not change back where it disables an adapter: biases, and the
+    weights that PiSSA and OLoRA take their start from."""
+    starts = said.get("init_lora_weights") in ("pissa", "olora")
+    names = {f"{place.module}.bias" for place in places if place.part in ("bias", "base_layer.bias")}
+    names |= {f"{place.module}.weight" for place in places if starts and place.part.startswith("lora_")}
+    return [weight for name, weight in model.thinker.named_parameters() if name in names]
 
 
 def check_adapter_names(model: AVLLM, folder: Path) -> None:

@@ -92,6 +92,7 @@ def test_own_names_are_not_spoken_of(tiny_folder, lora, capsys):
         LoraConfig(r=4, target_modules=NAMES, bias="all"),
         LoraConfig(r=4, target_modules=NAMES, bias="all", modules_to_save=["language_model.norm"]),
         LoraConfig(r=4, target_modules=NAMES, init_lora_weights="pissa"),
+        LoraConfig(r=4, target_modules=NAMES, init_lora_weights="olora"),
         LoraConfig(r=4, target_modules=NAMES, init_lora_weights="orthogonal"),
         LoraConfig(r=4, target_modules=NAMES, modules_to_save=["language_model.norm"]),
         LoraConfig(r=4, target_modules=NAMES, use_rslora=True, task_type="CAUSAL_LM"),
@@ -111,6 +112,10 @@ def test_every_form_of_lora_loads_with_either_names(tiny_folder, media, tmp_path
     stock.thinker = PeftModel.from_pretrained(stock.thinker, str(adapter))
     suffix = stock.suffix(question("hear"), "I hear a dog.")
     assert torch.equal(stock.extend(stock.prefill([media[0]]), [0], [suffix]).logits, found)
+    adapted = load_model(tiny_folder, adapter)
+    with adapted.adapter_off():  # PEFT's own leaves biases, and the weights that PiSSA has changed
+        assert torch.equal(adapted.extend(adapted.prefill([media[0]]), [0], [suffix]).logits, plain)
+    assert torch.equal(adapted.extend(adapted.prefill([media[0]]), [0], [suffix]).logits, found)
 
 
 def refusal(base, adapter) -> str:
