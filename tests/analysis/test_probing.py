@@ -176,9 +176,9 @@ def test_a_probe_that_knows_sources_by_heart_has_no_selectivity():
 def test_a_label_read_in_many_sources_is_selective():
     """Six recordings a class, none of them known from training: the class is read, and labels of recordings are not."""
     clips, rng = sourced(conflicts(300, classes=6, renderings=30), recordings=6), np.random.default_rng(0)
-    code = {name: rng.normal(size=12) for name in [*(f"k{i}" for i in range(6)), *{c.audio_source for c in clips}]}
+    code = {name: rng.normal(size=12) for name in [*(f"k{i}" for i in range(6)), *sorted({c.audio_source for c in clips})]}
     rows = probe_rows(
-        features_of(clips, lambda *args: 2 * code[args[2].audio_label] + code[args[2].audio_source] + 0.1 * rng.normal(size=12)),
+        features_of(clips, lambda *args: 3 * code[args[2].audio_label] + code[args[2].audio_source] + 0.1 * rng.normal(size=12)),
         None, None, k=6, items=ItemStore(), seed=0,
     )  # fmt: skip
     found = next(r for r in rows if (r.position, r.label) == ("last_prompt", "audio"))
@@ -217,7 +217,7 @@ def test_no_source_of_a_class_that_has_several_is_in_both_parts(n, k, recordings
 def test_the_control_task_is_read_by_the_same_probe_in_the_same_folds():
     """Against scikit-learn, labelling by labelling."""
     clips, rng = sourced(conflicts(160, classes=7, renderings=20), recordings=2), np.random.default_rng(3)
-    code = {source: rng.normal(size=5) for source in {c.audio_source for c in clips}}
+    code = {source: rng.normal(size=5) for source in sorted({c.audio_source for c in clips})}
     features = features_of(clips, lambda *args: code[args[2].audio_source] + 0.3 * rng.normal(size=5))
     rows = {(r.position, r.label): r for r in probe_rows(features, None, None, k=5, items=ItemStore(), seed=11)}
     order = np.random.default_rng(11)
@@ -235,7 +235,7 @@ def test_the_control_task_is_read_by_the_same_probe_in_the_same_folds():
 def test_knowing_the_rendering_only_does_not_help():
     """States that tell renderings apart, and nothing else: with folds that leak, accuracy would be near 1."""
     clips, rng = conflicts(240, classes=6, renderings=5), np.random.default_rng(1)
-    code = {r: rng.normal(size=40) for r in {c.audio_rendering for c in clips}}
+    code = {r: rng.normal(size=40) for r in sorted({c.audio_rendering for c in clips})}
     rows = probe_rows(
         features_of(clips, lambda _, __, c: code[c.audio_rendering] + 0.01 * rng.normal(size=40)), None, None, k=10, items=ItemStore(), seed=0
     )
